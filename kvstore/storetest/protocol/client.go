@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/world"
 )
 
@@ -98,14 +99,14 @@ func (c *Client) ReadList() (lines []string) {
 // WantRest wants exactly this, and then the end.
 func (c *Client) WantRest(want string) {
 	c.T.Helper()
-	equal(c.T, "all that came", c.ReadAll(), want)
+	is.Equal(c.T, "all that came", c.ReadAll(), want)
 }
 
 // WantNothing wants no bytes to come, while the server waits for something else.
 func (c *Client) WantNothing() {
 	c.T.Helper()
 	synctest.Wait()
-	equal(c.T, "bytes that came", c.R.Buffered()+c.Conn.(*world.Conn).Unread(), 0)
+	is.Equal(c.T, "bytes that came", c.R.Buffered()+c.Conn.(*world.Conn).Unread(), 0)
 }
 
 // ReadAll returns everything up to the end.
@@ -147,7 +148,7 @@ func (c *Client) Stat(name string) int {
 // WantStat wants Stats to show this number.
 func (c *Client) WantStat(name string, want int) {
 	c.T.Helper()
-	equal(c.T, name, c.Stat(name), want)
+	is.Equal(c.T, name, c.Stat(name), want)
 }
 
 // Count returns how many lines with prefix come before a PONG.

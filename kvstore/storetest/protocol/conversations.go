@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"kvserver/kvstore/storetest/is"
 )
 
 // What other clients are told, whose first line is of HTTP or of RESP, the protocol of Redis.
@@ -319,7 +321,7 @@ func Conversations(t *testing.T, start Start, help []string) {
 			start.inBubble(t, func(t *testing.T, n *Net) {
 				a := n.Dial(t)
 				go a.SendAll(c.Send)
-				equal(t, fmt.Sprintf("sent %.300q", c.Send), a.ReadAll(), c.Want)
+				is.Equal(t, fmt.Sprintf("sent %.300q", c.Send), a.ReadAll(), c.Want)
 			})
 		})
 	}

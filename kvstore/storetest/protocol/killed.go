@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"kvserver/kvstore/storetest"
+	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/world"
 )
 
@@ -26,7 +27,7 @@ func KilledServer(t *testing.T, program Program) {
 	if text := os.Getenv("KVSERVER_SOAK"); text != "" {
 		var err error
 		length, err = time.ParseDuration(text)
-		must(t, err)
+		is.OK(t, err)
 		starts = math.MaxInt
 	}
 
@@ -90,7 +91,7 @@ func (k *killed) check() {
 	c.Ask("Ack", ":OK 0")
 	for key, history := range k.asked {
 		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
-		must(k.t, world.Ask(c.Conn, c.R, key, &final, k.tick))
+		is.OK(k.t, world.Ask(c.Conn, c.R, key, &final, k.tick))
 		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
 			k.t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
 		}

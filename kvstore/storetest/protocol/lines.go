@@ -7,6 +7,9 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
 )
 
 // InputAtEverySplitPoint ensures that it does not matter where the network cuts a client's
@@ -30,7 +33,7 @@ func InputAtEverySplitPoint(t *testing.T, start Start) {
 				}
 				a.Conn.CloseWrite()
 			}()
-			equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
+			is.Equal(t, fmt.Sprintf("in pieces %q", pieces), a.ReadAll(), want)
 		})
 	}
 
@@ -75,7 +78,7 @@ func SlowLine(t *testing.T, start Start) {
 			a.Ask("Ping", ":PONG")
 			for range 3 { // lines that take long, but end
 				a.Send("Pi")
-				pass(lineTime - time.Second)
+				world.Pass(lineTime - time.Second)
 				a.Send("ng\n")
 				a.Want(":PONG")
 			}
@@ -89,7 +92,7 @@ func SlowLine(t *testing.T, start Start) {
 					a.SendSome(trickle)
 				}
 			})
-			within(t, lineTime, lineTime+2*lookTime, func() {
+			is.Within(t, lineTime, lineTime+2*lookTime, func() {
 				a.Want(":ERROR line 6: the line was begun but not ended within 30s")
 			})
 			a.WantClosed()
@@ -105,9 +108,9 @@ func SlowLineAfterSkippedOne(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		a := n.Dial(t)
 		a.SendSome("Put:k:" + strings.Repeat("x", 2*MaxLine))
-		pass(lineTime - 5*time.Second)
+		world.Pass(lineTime - 5*time.Second)
 		a.SendSome("\nPing:")
-		pass(lineTime - 5*time.Second)
+		world.Pass(lineTime - 5*time.Second)
 		a.Ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
 	})
 }
@@ -128,7 +131,7 @@ func SlowLineEndsInTime(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		a := n.Dial(t)
 		a.Send("Put:k:")
-		within(t, lineTime, lineTime, func() {
+		is.Within(t, lineTime, lineTime, func() {
 			a.Want(":ERROR line 1: the line was begun but not ended within 30s")
 		})
 		a.Close()
@@ -147,7 +150,7 @@ func SlowLineBehindReplies(t *testing.T, start Start) {
 			a := n.Dial(t)
 			go a.Send("Get:big\nPut:late:")
 			for range 2 * lineTime / lookTime {
-				pass(lookTime)
+				world.Pass(lookTime)
 				a.Send(trickle)
 			}
 

@@ -7,6 +7,9 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
 )
 
 // Expire ensures that a key is there until its time is over, and not longer, for every request.
@@ -31,9 +34,9 @@ func Expire(t *testing.T, start Start) {
 				want  string
 			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
 				a := n.Dial(t)
-				pass(300 * time.Microsecond)
+				world.Pass(300 * time.Microsecond)
 				a.Ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
-				pass(when.after)
+				world.Pass(when.after)
 				a.Ask(ask.request, strings.Split(when.want, "\n")...)
 				a.HangUp()
 			}
@@ -75,17 +78,17 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 		"breaks": func(c *Client) { c.BreakOff() },
 		"breaks behind a half-close": func(c *Client) {
 			c.Conn.CloseWrite()
-			pass(time.Second)
+			world.Pass(time.Second)
 			c.BreakOff()
-			pass(lookTime)
+			world.Pass(lookTime)
 		},
 		"breaks with a request behind it": func(c *Client) {
 			c.Send("Put:late:v\nPing\n")
-			pass(time.Second)
+			world.Pass(time.Second)
 			c.BreakOff()
-			pass(lookTime)
+			world.Pass(lookTime)
 		},
-		"waits too long": func(c *Client) { pass(time.Minute) },
+		"waits too long": func(c *Client) { world.Pass(time.Minute) },
 	} {
 		// The value goes past a, which has gone, to b.
 		start.inBubble(t, func(t *testing.T, n *Net) {
@@ -96,7 +99,7 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 			synctest.Wait()
 			end(a)
 			synctest.Wait()
-			equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
+			is.Equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
 			c.Ask("Put:k:v\nCount:k", ":OK 0")
 			b.Want("k:v")
 			b.WantClosed()
@@ -111,11 +114,11 @@ func TakeBeforeASlowLine(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		a, b := n.Dial(t), n.Dial(t)
 		a.Send("Take:k:3600\n")
-		pass(5 * time.Second)
+		world.Pass(5 * time.Second)
 		b.Send("Put:k:v\n")
 		a.Want("k:v")
 		a.Send("Put:x")
-		within(t, lineTime, lineTime+2*lookTime, func() {
+		is.Within(t, lineTime, lineTime+2*lookTime, func() {
 			a.Want(":ERROR line 2: the line was begun but not ended within 30s")
 		})
 		a.WantClosed()
@@ -129,11 +132,11 @@ func TakeOfALateReader(t *testing.T, start Start) {
 		n.run(t, "Put:k:"+value+"\n")
 		slow, giver := n.Dial(t), n.Dial(t)
 		go slow.Send(strings.Repeat("Get:k\n", 5000))
-		pass(time.Minute)
+		world.Pass(time.Minute)
 		go slow.Send("Take:job:60\nTake:job\nPing\n")
-		pass(time.Second)
+		world.Pass(time.Second)
 		giver.Send("Put:job:1\nPut:job:2\n")
-		pass(time.Minute)
+		world.Pass(time.Minute)
 
 		// Replies of Gets may be lost, but not those of Takes.
 		jobs := ""
@@ -144,7 +147,7 @@ func TakeOfALateReader(t *testing.T, start Start) {
 				t.Fatalf("got %.60q", line)
 			}
 		}
-		equal(t, "what the slow reader was given", jobs, "job:1job:2")
+		is.Equal(t, "what the slow reader was given", jobs, "job:1job:2")
 	})
 }
 
@@ -203,6 +206,6 @@ func DumpIsOneMoment(t *testing.T, start Start) {
 				t.Fatalf("purse%d held %q, want %q", i, got, want)
 			}
 		}
-		equal(t, "keys", len(lists), purses)
+		is.Equal(t, "keys", len(lists), purses)
 	})
 }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"kvserver/kvstore/storetest/is"
 )
 
 // Program returns the command that runs the server's program with these arguments.
@@ -19,8 +21,8 @@ func (p Program) Start(t testing.TB, args ...string) (cmd *exec.Cmd, addr string
 	t.Helper()
 	cmd = p(args...)
 	pipe, err := cmd.StderrPipe()
-	must(t, err)
-	must(t, cmd.Start())
+	is.OK(t, err)
+	is.OK(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -61,16 +63,8 @@ func DialTCP(t testing.TB, addr string) *Client {
 		network, addr = "unix", path
 	}
 	conn, err := net.Dial(network, addr)
-	must(t, err)
+	is.OK(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
 	return NewClient(t, conn)
-}
-
-// must ends the test at an error.
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }

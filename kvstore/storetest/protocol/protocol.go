@@ -15,8 +15,6 @@
 package protocol
 
 import (
-	"cmp"
-	"fmt"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -107,34 +105,4 @@ func (n *Net) run(t testing.TB, requests string) {
 	c.Send(requests)
 	c.Ask("Ping", ":PONG")
 	c.HangUp()
-}
-
-// pass lets d of fake time pass, and waits until all goroutines are idle.
-func pass(d time.Duration) {
-	<-time.After(d)
-	synctest.Wait()
-}
-
-// equal wants got to be want.
-func equal[T comparable](t testing.TB, what string, got, want T) {
-	t.Helper()
-	if got != want {
-		t.Errorf("%s: got %.600q, want %.600q", what, fmt.Sprint(got), fmt.Sprint(want))
-	}
-}
-
-// between wants got to be from least to most.
-func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
-	t.Helper()
-	if got < least || got > most {
-		t.Errorf("%s: got %v, want %v to %v", what, got, least, most)
-	}
-}
-
-// within runs do, which must take from least to most.
-func within(t testing.TB, least, most time.Duration, do func()) {
-	t.Helper()
-	start := time.Now()
-	do()
-	between(t, "the time that it took", time.Since(start), least, most)
 }

@@ -8,6 +8,9 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
 )
 
 // SlowReaderRecovers ensures that a slow reader that begins to read again loses nothing more.
@@ -17,13 +20,13 @@ func SlowReaderRecovers(t *testing.T, start Start) {
 		a := n.Dial(t)
 		ask := func() { a.Send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
 		go ask()
-		pass(2 * slowAfter)
+		world.Pass(2 * slowAfter)
 		delivered := a.Count("list:")
 		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
 			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
 		}
 		go ask()
-		equal(t, "reading at once, lines", a.Count("list:"), 300*30)
+		is.Equal(t, "reading at once, lines", a.Count("list:"), 300*30)
 	})
 }
 
@@ -104,7 +107,7 @@ func SlowReaderIsToldAtTheEnd(t *testing.T, start Start) {
 			a, other := n.Dial(t), n.Dial(t)
 			const gets = 2000
 			go a.Send(strings.Repeat("Get:big\n", gets))
-			pass(2 * seenSlow)
+			world.Pass(2 * seenSlow)
 			dropped := other.Stat("replies_dropped_total")
 			got := 0
 			for ; got < gets-dropped; got++ {
@@ -131,11 +134,11 @@ func SlowReaderIsCountedAtOnce(t *testing.T, start Start) {
 		a, other := n.Dial(t), n.Dial(t)
 		const gets = 1000
 		go a.Send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
-		pass(2 * seenSlow) // the Ping waits for room, and with it the chain
+		world.Pass(2 * seenSlow) // the Ping waits for room, and with it the chain
 		dropped := other.Stat("replies_dropped_total")
 		delivered := a.Count("k:")
-		equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
-		between(t, "replies dropped", dropped, 1, gets)
+		is.Equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
+		is.Between(t, "replies dropped", dropped, 1, gets)
 	})
 }
 
@@ -151,7 +154,7 @@ func SlowReaderWithAck(t *testing.T, start Start) {
 		// It sends many requests and reads nothing.
 		const owed = 5000
 		go a.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\n")
-		pass(time.Minute)
+		world.Pass(time.Minute)
 		other.Ask("Get:after")
 		other.Ask("Ping", ":PONG")
 
@@ -202,7 +205,7 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 			for !strings.HasPrefix(last, ":") {
 				last = a.Read()
 			}
-			equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
+			is.Equal(t, fmt.Sprint(p.piece, " bytes every ", p.every), last, ":PONG end")
 			a.HangUp()
 		})
 	}
@@ -231,7 +234,7 @@ func SteadyReaderOfAPausedServer(t *testing.T, program Program) {
 				SignalTo(t, cmd, "CONT")
 			})
 		}
-		equal(t, fmt.Sprint("reply ", i), a.Read(), reply)
+		is.Equal(t, fmt.Sprint("reply ", i), a.Read(), reply)
 	}
 	a.Want(":PONG end")
 	a.HangUp()

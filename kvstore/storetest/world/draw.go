@@ -2,6 +2,7 @@ package world
 
 import (
 	"math/rand/v2"
+	"testing/synctest"
 	"time"
 )
 
@@ -34,4 +35,10 @@ func isClosed(signal <-chan struct{}) bool {
 	default:
 		return false
 	}
+}
+
+// Pass lets d of fake time pass, and waits until all goroutines are idle.
+func Pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
 }
