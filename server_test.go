@@ -10,8 +10,8 @@
 //	query.go   Conversations, EveryRequest, Hints, and what is fuzzed
 //	all of it  Simulation; its worlds are in kvstore/storetest/world
 //
-// What a test says in one line, as protocol.SlowLine does, needs nothing of the server but a
-// connection: it stands in kvstore/storetest/protocol.
+// What a test says in one line needs nothing of package main: as protocol.SlowLine a connection to
+// the server, and as command.TLS the program. It stands in that package in kvstore/storetest.
 //
 // The store has its own tests in kvstore/.
 //
@@ -84,24 +84,15 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	crand "crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"iter"
 	"log/slog"
 	"maps"
 	"math"
-	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -129,6 +120,8 @@ import (
 	"kvserver/kvstore/durable"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
+	"kvserver/kvstore/storetest/command"
+	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/protocol"
 	"kvserver/kvstore/storetest/world"
 )
@@ -196,230 +189,7 @@ func row(f *flag.Flag) string {
 		code(variable(f)), does)
 }
 
-// Ensure that each mistake and failure at the start is reported in two lines, what happened and
-// what to do, with the right exit code.
-func TestFlagMistakes(t *testing.T) {
-	t.Parallel()
-	taken, err := net.Listen("tcp", "localhost:0")
-	must(t, err)
-	t.Cleanup(func() { taken.Close() })
-	port := taken.Addr().(*net.TCPAddr).Port
-	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
-	sock := filepath.Join(t.TempDir(), "sock")
-	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
-	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
-	store := mustOpen(t, inUse)
-	t.Cleanup(func() { store.Close() })
-	certs := certificates(t, "server", "other")
-	pem := func(name string) string { return filepath.Join(certs, name) }
-	type mistake struct{ args, what, todo string } // the two lines begin like this
-	tables := map[int][]mistake{
-		exitMisuse: {
-			{"-foo", "flag provided but not defined: -foo", "kvserver help flags lists the flags."},
-			{"-port 1", "flag provided but not defined: -port", "Did you mean -addr ? kvserver help flags"},
-			{"-dta x", "flag provided but not defined: -dta", "Did you mean -data ?"},
-			{"-addr 1 -addr 2", `invalid value "2" for flag -addr: it is given twice`,
-				"-addr takes PORT"},
-			{"-c -timeout 1s -timeout 2s", `invalid value "2s" for flag -timeout: it is given twice`,
-				"-timeout takes TIME"},
-			{"-data -fsync 1s", `invalid value "-fsync" for flag -data`, "-data takes DIR"},
-			{"-version x", `unexpected argument "x"`, "Set flags, as in kvserver -addr 9999, or send"},
-			{"-write-timeout 5", `invalid value "5" for flag -write-timeout`, "-write-timeout takes TIME until " +
-				"a client that reads nothing is cut off; 0: never (5m)."},
-			{"-max-line 5m", `invalid value "5m" for flag -max-line`, "-max-line takes SIZE of a request " +
-				"line, from 64 bytes to 1GiB (1MiB)."},
-			{"foo", `unexpected argument "foo"`, "Set flags, as in kvserver -addr 9999, or send a request"},
-			{"chekc data", `unexpected argument "chekc"`,
-				"Did you mean kvserver check ? kvserver help flags"},
-			{"version", `unexpected argument "version"`, "Did you mean kvserver -version ?"},
-			{"-c ", `"" is not one request`, "Each argument is one request, and flags go before"},
-			{"-fsync 1s", "-fsync is for data on a disk", "Give a directory, as in -data data -fsync 1s."},
-			{"-fsync always", "-fsync is for data on a disk", "Give a directory, as in -data data"},
-			{"-tls-ca ca.pem", "-tls-ca is not for a server",
-				"Leave it out. -tls-ca takes FILE with a CA to trust: -c and -ping use TLS."},
-			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca",
-				"Give the CA"},
-			{"-c Get:a -addr 1", `"-addr" is not one request`, "Each argument is"},
-			{"-c Put:a:b\nDelete:c", `"Put:a:b\nDelete:c" is not one request`, "Each argument is"},
-			{"check", "check needs DIR, and no flags", "DIR is the server's"},
-			{"check ", "check needs DIR, and no flags", "DIR is the server's"},
-			{"backup a", "backup needs DIR NEW, and no flags", "DIR is the server's"},
-			{"repair a", "repair needs DIR NEW, and no flags", "DIR is the server's"},
-			{"-data data -fsync sometimes", `invalid value "sometimes" for flag -fsync`,
-				"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
-			{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
-				"-max-memory takes SIZE of the process, 64MB or more"},
-			{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s, that -c"},
-			{"-data d check", `unexpected argument "check"`,
-				"Did you mean kvserver check ? kvserver help flags"},
-			{"-addr 1 -stop", "-stop is not for a server", "Leave it out."},
-			{"serve", `unexpected argument "serve"`, "Leave it out"},
-			{"start -addr 1", `unexpected argument "start"`, "Leave it out"},
-			{"-addr 1 run", `unexpected argument "run"`, "Leave it out"},
-			{"stop", `unexpected argument "stop"`, "Press Ctrl-C"},
-			{"ping", `unexpected argument "ping"`, "Did you mean kvserver -ping ?"},
-			{"client", `unexpected argument "client"`, "Did you mean kvserver -c ?"},
-			{"bakup a b", `unexpected argument "bakup"`, "Did you mean kvserver backup ?"},
-			{"hlep", `unexpected argument "hlep"`, "Did you mean kvserver help ?"},
-			{"help no such word", `no heading of the manual has "no such word"`,
-				"kvserver help lists the headings."},
-			{"help backup nosuch", `no heading of the manual has "backup nosuch"`,
-				"kvserver help lists the headings."},
-			{"Get:a", `unexpected argument "Get:a"`,
-				"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
-			{"-c get fruit", `unknown request "get fruit"; did you mean Get:fruit ?`,
-				"Each argument is one request"},
-			{"-c set a b", `unknown request "set a b"; did you mean Set:a:b ?`,
-				"Each argument is one request"},
-			{"-c Ping del a", `unknown request "del a"; did you mean Delete:a ?`,
-				"Each argument is one request"},
-			{"-c -ping Get:x", "-c and -ping do not go together", "Give one: -ping asks"},
-			{"-ping Get:x", `unexpected argument "Get:x"`, "Set flags"},
-			{"-ping localhost:9999", `unexpected argument "localhost:9999"`, "Set flags, as in kvserver -addr"},
-			{"-c -ping", "-c and -ping do not go together", "Give one: -ping asks"},
-			{"-c -data x Ping", "-data is not for -c", "Leave it out"},
-			{"-ping -max-line 100", "-max-line is not for -ping", "Leave it out"},
-			{"-ping -v", "-v is not for -ping", "Leave it out"},
-			{"-c -tls-client-ca x Ping", "-tls-client-ca is not for -c", "Leave it out"},
-			{"-ping -stop", "-stop is not for -ping", "Leave it out"},
-			{"-ping -out x", "-out is not for -ping", "Leave it out"},
-			{"-timeout 5s", "-timeout is not for a server", "Leave it out"},
-			{"-Addr 1", "flag provided but not defined: -Addr", "Did you mean -addr ?"},
-			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
-			{"-output x -c", "flag provided but not defined: -output", "Did you mean -out ?"},
-			{"--PORT=1", "flag provided but not defined: -PORT", "Did you mean -addr ?"},
-			{"-addr", "flag needs an argument: -addr", "-addr takes PORT (0 to 65535)"},
-			{"-v=maybe", `invalid boolean value "maybe" for -v`,
-				"-v takes 1 or 0: also log every connection."},
-			{"---data", "bad flag syntax: ---data", "kvserver help"},
-			{"-fsync 0s -data x", `invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
-			{"-data etcd://a:1/kv -fsync 1s", "-fsync is for data on a disk", "Give a directory"},
-			{"-tls-cert c.pem", "-tls-cert and -tls-key go together", "Give the certificate and its key"},
-			{"-tls-client-ca ca.pem", "-tls-cert and -tls-key go together",
-				"Give the certificate and its key"},
-			{"check -v", "check needs DIR, and no flags",
-				"DIR is the server's data directory, NEW is a new one; kvserver help check says more."},
-			{"backup -data copy", "backup needs DIR NEW, and no flags", "DIR is the server's"},
-			{"check a b", "check needs DIR, and no flags", "DIR is the server's"},
-		},
-		exitFailure: {
-			{"-addr localhost:0 -http " + strconv.Itoa(port),
-				fmt.Sprintf("cannot listen on localhost:%d: ", port),
-				"Stop what listens there, or choose another port or path. Port 0 takes a free one."},
-			{"-addr 1 -ping", "cannot connect to localhost:1: ",
-				"Start a server there, or name another"},
-			{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
-			{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
-				"Nothing was changed. Take out what is not a store's, or give another directory: for new data"},
-			{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
-				"Give the server's data directory. For a new server create it: mkdir -m 700 /no/such/dir"},
-			{"-data " + os.Args[0], "not a data directory: " + os.Args[0] + " is a file",
-				"Nothing was changed. Take out what is not a store's"},
-			{"-data " + foreign, "not a data directory: " + filepath.Join(foreign, "photo.jpg"),
-				"Nothing was changed. Take out what is not a store's"},
-			{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
-				"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
-					damaged},
-			{"-addr unix:" + foreign + strings.Repeat("/x", 60),
-				"cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
-					": bind: invalid argument", "Nothing was changed. Choose another path of at most 100 bytes"},
-			{"-addr unix:" + filepath.Join(foreign, "photo.jpg"),
-				"cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
-					": there is a file that is no socket",
-				"Nothing was changed."},
-			{"-addr unix:" + sock + ",unix:" + sock, "cannot listen on unix:" + sock + ": ",
-				"Stop what listens there, or choose another port or path."},
-			{"-addr unix:/no/such/sock", "cannot listen on unix:/no/such/sock: ",
-				"Nothing was changed. Choose another path"},
-			{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
-				"Start a server there"},
-			{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
-			{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
-				"Start a server there, or name another"},
-			{"-addr 1 -tls-ca " + pem("ca.pem") + " -ping", "cannot connect to localhost:1: ",
-				"Start a server"},
-			{"-addr " + strconv.Itoa(port) + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
-				fmt.Sprintf("cannot connect to localhost:%d: ", port),
-				"Somebody listens there, and does not answer."},
-			{"-addr " + strconv.Itoa(port) + " -timeout 500ms -ping",
-				fmt.Sprintf("cannot connect to localhost:%d: no answer for 500ms", port),
-				"Somebody listens there, and does not answer."},
-			{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
-				"cannot use the certificate " + pem("server.pem") + " with the key " + pem("none") + ": open ",
-				"Give files in PEM format, and a key without a password that belongs to its certificate"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("other.key"),
-				"cannot use the certificate " + pem("server.pem") + " with the key " + pem("other.key") +
-					": tls: private key does not match", "Give files in PEM format"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("server.key") + " -tls-client-ca " +
-				pem("ca.key"), "cannot use the CA " + pem("ca.key") + ": it holds no certificate",
-				"Give files in PEM format"},
-			{"-tls-ca " + pem("none") + " -ping",
-				"cannot connect to localhost:9999: cannot use the CA " + pem("none") + ": open ",
-				"Give files in PEM format"},
-			{"repair " + inUse + " " + filepath.Join(certs, "new"),
-				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
-				"Nothing was changed. Stop that process first"},
-			{"-data " + inUse,
-				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
-				"Nothing was changed. Stop that process first"},
-			{"check /no/such/dir", "the data directory does not exist", "Give the server's data directory."},
-			{"check " + foreign, "not a data directory: ", "Nothing was changed. Take out what"},
-			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. First create the"},
-			{"-addr " + strconv.Itoa(port), fmt.Sprintf("cannot listen on localhost:%d: ", port),
-				"Stop what listens there, or choose another port or path."},
-			{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
-				"This machine has no such name or address. Choose localhost,"},
-			{"-addr no.such.host.invalid:9999", "cannot listen on no.such.host.invalid:9999: ",
-				"This machine has no such name or address. Choose localhost,"},
-		},
-	}
-
-	// Values that a flag does not take.
-	for _, args := range []string{"-log xml", "-http x", "-max-line many", "-max-line 0",
-		"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
-		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-addr unix:@x",
-		"-max-clients 0", "-max-clients 1e3",
-		"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
-		"-addr localhost"} {
-		name, value, _ := strings.Cut(args, " ")
-		tables[exitMisuse] = append(tables[exitMisuse], mistake{args,
-			fmt.Sprintf("invalid value %q for flag %s", value, name),
-			explain(name, new(config).flags().Lookup(name[1:]))})
-	}
-
-	log := regexp.MustCompile(`(?m)^time=.*\n`)
-	for code, mistakes := range tables {
-		for i := 0; i < len(mistakes); i = storetest.Next(i, 1) {
-			m := mistakes[i]
-			t.Run(m.args, func(t *testing.T) {
-				t.Parallel() // because some of these starts wait for seconds
-				args := strings.Split(m.args, " ")
-				if code == exitMisuse && i%10 > 0 {
-					errs := misuseOf(args)
-					if !strings.HasPrefix(errs, "kvserver: "+m.what) || !strings.Contains(errs, "\n"+m.todo) {
-						t.Errorf("%q:\n got %q\nwant %q\n     %q", m.args, errs, m.what, m.todo)
-					}
-					return
-				}
-
-				out, errs, ended := outputs(binary(args...))
-				lines := strings.Split(log.ReplaceAllString(errs, ""), "\n")
-				if ended != code || out != "" || len(lines) != 3 ||
-					!strings.HasPrefix(lines[0], "kvserver: "+m.what) || !strings.HasPrefix(lines[1], m.todo) {
-					t.Errorf("%q: exit code %d, want %d\n got %q\nwant %q\n     %q", m.args,
-						ended, code, errs, m.what, m.todo)
-				}
-			})
-		}
-	}
-	for _, arg := range []string{"-h", "-help", "-version"} {
-		out, errs, code := outputs(binary(arg))
-		if code != 0 || errs != "" || !strings.Contains(out, "kvserver") {
-			t.Errorf("%s: exit code %d, prints %q and %q", arg, code, out, errs)
-		}
-	}
-}
+func TestFlagMistakes(t *testing.T) { command.FlagMistakes(t, binary, misuseOf, explained) }
 
 // misuseOf returns what is said about a command line that is wrong. It starts no process: that this
 // goes to standard error, and the exit code, is the same for all of them.
@@ -438,13 +208,8 @@ func misuseOf(args []string) string {
 	return said.String()
 }
 
-// mustOpen opens the store in the directory at path.
-func mustOpen(t *testing.T, path string) *durable.Store {
-	t.Helper()
-	dir, err := storage.OpenDisk(path, nil)
-	must(t, err)
-	return storeIn(t, dir, nil)
-}
+// explained returns what is said about a wrong value of a flag.
+func explained(name string) string { return explain(name, new(config).flags().Lookup(name[1:])) }
 
 // storeIn opens the store in dir.
 func storeIn(t *testing.T, dir storage.Directory, status *storage.Status) *durable.Store {
@@ -459,7 +224,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	path := t.TempDir()
 	dir := filepath.Join(path, "data")
 	os.Mkdir(dir, 0o700)
-	store := mustOpen(t, dir)
+	store := command.OpenStore(t, dir)
 	for range 3 {
 		store.Put("k", "v")
 		must(t, store.Commit())
@@ -574,20 +339,7 @@ func TestFlagSizes(t *testing.T) {
 	}
 }
 
-// Ensure that a command says soon why nothing happens if etcd does not answer.
-func TestRepairBesideASilentEtcd(t *testing.T) {
-	t.Parallel()
-	for _, args := range [][]string{{"check", "etcd://127.0.0.1:1/kv"},
-		{"backup", "etcd://127.0.0.1:1/kv", t.TempDir()}} {
-		cmd := binary(args...)
-		pipe, _ := cmd.StderrPipe()
-		must(t, cmd.Start())
-		line, _ := bufio.NewReader(pipe).ReadString('\n')
-		wantIn(t, "the first line", line, "etcd does not answer yet")
-		cmd.Process.Kill()
-		cmd.Wait()
-	}
-}
+func TestRepairBesideASilentEtcd(t *testing.T) { command.RepairBesideASilentEtcd(t, binary) }
 
 // Ensure that the binary prints its manual: all headings, or the parts whose heading has all words.
 func TestManual(t *testing.T) {
@@ -630,27 +382,7 @@ func TestManual(t *testing.T) {
 	}
 }
 
-// Ensure that a command fails if its output could not be written.
-func TestManualOnAFullDisk(t *testing.T) {
-	t.Parallel()
-	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
-	if err != nil {
-		t.Logf("without /dev/full there is no full disk: %v", err)
-		return
-	}
-	defer full.Close()
-	dir := t.TempDir()
-	mustOpen(t, dir).Close()
-	for _, args := range []string{"-h", "-version", "help", "help flags", "check " + dir} {
-		cmd := binary(strings.Fields(args)...)
-		cmd.Stdout = full
-		_, errs, code := outputs(cmd)
-		if code != exitFailure || strings.Count(errs, "\n") != 2 ||
-			!strings.HasPrefix(errs, "kvserver: cannot write the output: ") {
-			t.Errorf("%s: exit code %d, it says %q", args, code, errs)
-		}
-	}
-}
+func TestManualOnAFullDisk(t *testing.T) { command.ManualOnAFullDisk(t, binary) }
 
 // ---- main.go: the README
 
@@ -747,245 +479,10 @@ func TestReadmeConversations(t *testing.T) {
 	}
 }
 
-// Ensure that the README's client for programs works as it is printed, also with odd data: bytes
-// that are no text, long values, mistakes, and lines that are no requests.
-func TestReadmePrograms(t *testing.T) {
-	t.Parallel()
-	m := regexp.MustCompile("(?s)```python\n(.*?)```").FindStringSubmatch(readme)
-	if m == nil {
-		t.Fatal("the README has no client in Python")
-	}
-	if tool(t, "python3") == "" {
-		return
-	}
-	_, port, _ := net.SplitHostPort(serveTCP(t))
-	program := strings.Replace(m[1], "localhost:9999", "localhost:"+port, 1)
-	const odd = `
-for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
-    ask(b"Delete:odd")
-    ask(b"Put:odd:" + value)
-    for bad in [b"nonsense \xff", b"Put:odd", b"Get:a:b"]:
-        try:
-            ask(bad)
-            print("not refused", bad)
-        except RuntimeError:
-            pass
-    for bad in [b"", b"\r", b"\r\0", b"Get:a\nGet:b"]:
-        try:
-            ask(bad)
-            print("sent", bad)
-        except ValueError:
-            pass
-    if ask(b"Get:odd") != [b"odd:" + value]:
-        print("lost", value[:10])
-`
-	for _, text := range []string{program, program + odd} {
-		file := filepath.Join(t.TempDir(), "client.py")
-		os.WriteFile(file, []byte(text), 0o600)
-		out, err := exec.Command("python3", file).CombinedOutput()
-		if want := "fruit:apple\nfruit:pear\n"; err != nil || string(out) != want {
-			t.Errorf("it prints %.200q, %v, want %q", out, err, want)
-		}
-	}
-}
-
-// Ensure that the README's commands do what it says, those in scripts and those that make and use
-// certificates.
-func TestReadmeCommands(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	shim := "#!/bin/sh\nexport KVSERVER_TEST_MAIN=1 GORACE=atexit_sleep_ms=0\nexec " + os.Args[0] +
-		" \"$@\"\n"
-	must(t, os.WriteFile(filepath.Join(dir, "kvserver"), []byte(shim), 0o700))
-	play := func(addr, commands string) string {
-		cmd := exec.Command("sh", "-e", "-c", strings.ReplaceAll(commands, "localhost:9999", addr))
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "KVSERVER_ADDR="+addr)
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Errorf("%s: %v\n%s", commands, err, out)
-		}
-		return string(out)
-	}
-	block := func(has string) []string {
-		blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1)
-		for _, m := range blocks {
-			if strings.Contains(m[1], has) {
-				return strings.Split(strings.TrimSpace(m[1]), "\n")
-			}
-		}
-		t.Fatalf("the README has no commands with %s", has)
-		return nil
-	}
-	os.WriteFile(filepath.Join(dir, "requests.txt"), []byte("Put:k:v\n\nGet:k\n"), 0o600)
-	for _, line := range block("requests.txt") {
-		want := "fruit:apple\n"
-		if strings.Contains(line, "requests.txt") {
-			want = "k:v\n"
-		}
-		if help, _ := exec.Command("nc", "-h").CombinedOutput(); strings.Contains(line, "nc -N") {
-			if !bytes.Contains(help, []byte("OpenBSD")) {
-				t.Log("nc is not OpenBSD's, or not on PATH: it was not tried")
-				continue
-			}
-			line = strings.Replace(line, "localhost 9999", "$(echo localhost:9999 | tr : ' ')", 1)
-		}
-		addr := serveTCP(t)
-		if out := play(addr, line); out != want {
-			t.Errorf("%s prints %q, want %q", line, out, want)
-		}
-	}
-	if tool(t, "openssl") == "" {
-		return
-	}
-	lines := block("tls-client-ca")
-	serve := slices.IndexFunc(lines, func(line string) bool {
-		return strings.Contains(line, "-tls-client-ca")
-	})
-	play("", strings.Join(lines[:serve], "\n"))
-	args := strings.Fields(lines[serve])[1:]
-	for i, arg := range args {
-		if !strings.HasPrefix(arg, "-") {
-			args[i] = filepath.Join(dir, arg)
-		}
-	}
-	_, addr, log := binary.Start(t, append(args, "-addr", "localhost:0")...)
-	go io.Copy(io.Discard, log)
-	_, port, _ := net.SplitHostPort(addr)
-	play("localhost:"+port, "kvserver -tls-ca ca.pem -tls-cert client.pem -tls-key client.key "+
-		"-c Put:fruit:apple")
-	for _, line := range lines[serve+1:] {
-		line = strings.Replace(line, "# as netcat; Quit ends it", "", 1)
-		if strings.Contains(line, "openssl") {
-			line = "printf 'Get:fruit\\nQuit\\n' | " + strings.TrimSpace(line) + " 2>/dev/null"
-		}
-		if out := play("localhost:"+port, line); line != "" && out != "fruit:apple\n" {
-			t.Errorf("%s prints %q", line, out)
-		}
-	}
-}
-
-// readmeFiles returns a directory with the files that the README shows, written as make dist writes
-// them into archives.
-func readmeFiles(t *testing.T) (dir string) {
-	dir = t.TempDir()
-	out, err := exec.Command("go", "run", ".ci/dist.go", "-files", dir).CombinedOutput()
-	if err != nil {
-		t.Fatalf("the README's files: %v\n%s", err, out)
-	}
-	return dir
-}
-
-// Ensure that systemd, where it is installed, finds no mistake in the README's units, and few
-// permissions that the server does not need.
-func TestReadmeUnit(t *testing.T) {
-	t.Parallel()
-	dir := readmeFiles(t)
-	analyze := tool(t, "systemd-analyze")
-	if analyze == "" {
-		return
-	}
-	units, _ := filepath.Glob(filepath.Join(dir, "kvserver*.*e*")) // services and timers
-	args := []string{"verify"}
-	for _, unit := range units {
-		if strings.HasSuffix(unit, ".yml") {
-			continue
-		}
-		text, _ := os.ReadFile(unit)
-		os.WriteFile(unit, bytes.ReplaceAll(text, []byte("/usr/local/bin/kvserver"),
-			[]byte(os.Args[0])), 0o600)
-		args = append(args, unit)
-	}
-	if len(args) != 4 {
-		t.Fatalf("the README has the units %q, want three", units)
-	}
-	if out, err := exec.Command(analyze, args...).CombinedOutput(); err != nil ||
-		bytes.Contains(out, []byte(dir)) || bytes.Contains(out, []byte("kvserver.service:")) {
-		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
-	}
-	// The score says how much is open, of 100, to somebody who has taken the server over.
-	if out, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20",
-		filepath.Join(dir, "kvserver.service")).CombinedOutput(); err != nil {
-		t.Errorf("systemd-analyze security: %v\n%s", err, out)
-	}
-}
-
-// Ensure that Prometheus's own tool, where it is installed, accepts the README's rules; that each
-// alert fires in its case; and that none fires for servers that have just started, beside one that
-// stands by and another program that is down.
-func TestReadmeAlerts(t *testing.T) {
-	t.Parallel()
-	dir := readmeFiles(t)
-	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
-	cases := map[string]map[string]string{ // by alert: the series that are not as at the start
-		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
-		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
-		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
-		"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
-		"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
-		"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
-		"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
-		"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
-		"Queues":         {"kvserver_queued_bytes": "600000000x60"},
-		"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
-		"ClientsRefused": {"kvserver_clients_refused_total": "0x27 3x33"},
-		"EtcdSlow":       {"kvserver_lock_age_seconds": "3.5x60"},
-		"Takeover":       {"kvserver_takeovers_total": "2x25 3x35"},
-	}
-	names := regexp.MustCompile(`alert: Kvserver(\w+)`).FindAllStringSubmatch(string(rules), -1)
-	if len(names) != len(cases) {
-		t.Errorf("the README has %d alerts, want %d", len(names), len(cases))
-	}
-	promtool := tool(t, "promtool")
-	if promtool == "" {
-		return
-	}
-	// Each case is a service of one server that differs from the start in these series.
-	series, text := metricsAtStart(t), "rule_files: [kvserver.rules.yml]\nevaluation_interval: 1m\n"+
-		"tests:\n  - interval: 1m\n    input_series:\n"
-	add := func(name, labels, values string) {
-		name, own, _ := strings.Cut(strings.TrimSuffix(name, "}"), "{")
-		text += fmt.Sprintf("      - {series: '%s{%s}', values: '%s'}\n", name, strings.Trim(own+","+labels, ","),
-			values)
-	}
-	server := func(service string, changed map[string]string) {
-		all := maps.Clone(series)
-		maps.Copy(all, changed)
-		for name, values := range all {
-			add(name, fmt.Sprintf("job=%q,service=%q,instance=%[2]q", "kvserver", service), values)
-		}
-	}
-	for name, changed := range cases {
-		server(name, changed)
-	}
-	server("bills", nil)
-	add("up", `job="kvserver",service="bills",instance="standby"`, "1x60")
-	add("kvserver_active", `job="kvserver",service="bills",instance="standby"`, "0x60")
-	add("up", `job="another"`, "0x60")
-
-	text += "    promql_expr_test:\n"
-	for _, at := range []string{"1m", "10m", "30m", "59m"} {
-		text += "      - {expr: 'ALERTS{service=~\"|bills\"}', eval_time: " + at + ", exp_samples: []}\n"
-	}
-	for name := range cases {
-		text += fmt.Sprintf("      - {expr: 'count(ALERTS{alertname=\"Kvserver%s\",service=\"%[1]s\","+
-			"alertstate=\"firing\"})', eval_time: 29m, exp_samples: [{labels: '{}', value: 1}]}\n", name)
-	}
-	os.WriteFile(filepath.Join(dir, "tests.yml"), []byte(text), 0o600)
-	for _, args := range [][]string{{"check", "rules", "kvserver.rules.yml"},
-		{"test", "rules", "tests.yml"}} {
-		cmd := exec.Command(promtool, args...)
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("promtool %s: %v\n%s", args, err, out)
-		}
-	}
-	config, _ := os.ReadFile(filepath.Join(dir, "prometheus.yml"))
-	if out, err := exec.Command(promtool, "check", "config", filepath.Join(dir,
-		"prometheus.yml")).CombinedOutput(); err != nil {
-		t.Errorf("promtool check config: %v\n%s\n%s", err, out, config)
-	}
-}
+func TestReadmePrograms(t *testing.T) { command.ReadmePrograms(t, readme, serveTCP) }
+func TestReadmeCommands(t *testing.T) { command.ReadmeCommands(t, readme, binary, serveTCP) }
+func TestReadmeUnit(t *testing.T)     { command.ReadmeUnit(t, binary) }
+func TestReadmeAlerts(t *testing.T)   { command.ReadmeAlerts(t, metricsAtStart) }
 
 // metricsAtStart returns what an empty server that has just started shows to Prometheus, each
 // series as an hour of values, one a minute.
@@ -1048,94 +545,9 @@ func TestLogNeverBlocks(t *testing.T) {
 	}
 }
 
-// Ensure that the server goes on when the reader of its log pauses or has gone, and that it still
-// stops when told to.
-func TestLogMayEnd(t *testing.T) {
-	t.Parallel()
-	for gone, clients := range map[bool]int{true: 9, false: 700} { // a pipe holds the lines of fewer
-		r, w, err := os.Pipe()
-		must(t, err)
-		cmd := binary("-addr", "127.0.0.1:0", "-v")
-		cmd.Stderr = w
-		must(t, cmd.Start())
-		w.Close()
-		defer cmd.Process.Kill()
-		addr := protocol.ListeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
-		if gone {
-			r.Close()
-		}
-		for range clients {
-			protocol.DialTCP(t, addr).HangUp()
-		}
-		a := protocol.DialTCP(t, addr)
-		a.Ask("Put:k:v\nGet:k", "k:v")
-		a.HangUp()
-		cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("log gone: %v; the server ended with %v", gone, err)
-		}
-	}
-}
-
-// Ensure that a failing disk is reported as an error in the log's format before the server stops.
-func TestLogTellsOfAFailingDisk(t *testing.T) {
-	t.Parallel()
-	for format, want := range map[string]string{
-		"text": `level=ERROR msg="the data cannot be kept any more, so the server ends" ` +
-			`error="the data directory is not where it was: .*" todo=`,
-		"json": `"level":"ERROR","msg":"the data cannot be kept any more, so the server ends",` +
-			`"error":"the data directory is not where it was: .*","todo":`,
-	} {
-		t.Run(format, func(t *testing.T) {
-			t.Parallel()
-			dir := filepath.Join(t.TempDir(), "data")
-			os.Mkdir(dir, 0o700)
-			cmd, _, log := binary.Start(t, "-addr", "127.0.0.1:0", "-data", dir, "-log", format)
-			os.Rename(dir, dir+".old") // the lock notices it without any request
-			rest, _ := io.ReadAll(log)
-			cmd.Wait()
-			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
-				[]byte("stopping"))
-			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
-				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
-			}
-		})
-	}
-}
-
-// Ensure that a failed start is reported in the log's format, whether the format is set by flag or
-// environment.
-func TestLogTellsOfAFailedStart(t *testing.T) {
-	t.Parallel()
-	for args, want := range map[string]int{
-		"-log json -data /no/such/dir":        exitFailure,
-		"-log json -addr 192.0.2.1:9999":      exitFailure,
-		"-log json -tls-cert x -tls-key y":    exitFailure,
-		"-log json -max-clients 0":            exitMisuse,
-		"-log json -foo":                      exitMisuse,
-		"-log json serve":                     exitMisuse,
-		"KVSERVER_LOG=json -data /no/such/di": exitFailure,
-		"KVSERVER_LOG=json -foo":              exitMisuse,
-		"KVSERVER_LOG=json -addr":             exitMisuse,
-	} {
-		words := strings.Fields(args)
-		cmd := binary(words...)
-		if strings.HasPrefix(words[0], "KVSERVER_") {
-			cmd = binary(words[1:]...)
-			cmd.Env = append(cmd.Env, words[0])
-		}
-		out, errs, code := outputs(cmd)
-		var last struct{ Level, Error, Todo string }
-		for line := range strings.Lines(errs) {
-			if err := json.Unmarshal([]byte(line), &last); err != nil {
-				t.Errorf("%s: it logs %q: %v", args, line, err)
-			}
-		}
-		if code != want || out != "" || last.Level != "ERROR" || last.Error == "" || last.Todo == "" {
-			t.Errorf("%s: exit code %d, it logs %s", args, code, errs)
-		}
-	}
-}
+func TestLogMayEnd(t *testing.T)              { command.LogMayEnd(t, binary) }
+func TestLogTellsOfAFailingDisk(t *testing.T) { command.LogTellsOfAFailingDisk(t, binary) }
+func TestLogTellsOfAFailedStart(t *testing.T) { command.LogTellsOfAFailedStart(t, binary) }
 
 // Ensure that a client's goodbye is logged with its reason, as a warning if replies were dropped,
 // and that ordinary connects and disconnects are not logged.
@@ -1165,45 +577,8 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 
 // ---- main.go: start and stop
 
-// Ensure that a signal ends the process while the data is loaded.
-func TestSignalsWhileLoading(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	if err := exec.Command("mkfifo", filepath.Join(dir, "STORE")).Run(); err != nil {
-		t.Logf("without mkfifo there is no load that lasts: %v", err)
-		return
-	}
-	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
-	pipe, _ := cmd.StderrPipe()
-	must(t, cmd.Start())
-	defer cmd.Process.Kill()
-	log := bufio.NewReader(pipe)
-	if line, err := log.ReadString('\n'); err != nil || !strings.Contains(line, "msg=starting") {
-		t.Errorf("the log begins with %q, %v", line, err)
-	}
-	stopBinary(t, cmd, log, os.Interrupt, `msg="opening the data" at=`+dir,
-		"stopped while opening the data")
-}
-
-// Ensure that each signal stops the server cleanly after clients' last replies were delivered, and
-// that the log says so; but that SIGHUP ends nothing where the log does not go to a terminal.
-func TestSignalsStopCleanly(t *testing.T) {
-	t.Parallel()
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		t.Run(sig.String(), func(t *testing.T) {
-			t.Parallel()
-			cmd, addr, log := binary.Start(t, "-addr", "127.0.0.1:0")
-			a, idle := protocol.DialTCP(t, addr), protocol.DialTCP(t, addr)
-			cmd.Process.Signal(syscall.SIGHUP)
-			cmd.Process.Signal(syscall.SIGHUP)
-			a.Ask("Put:k:v\nGet:k", "k:v")
-			idle.Ask("Ping", ":PONG")
-			stopBinary(t, cmd, log, sig, "msg=stopping clients=2",
-				"msg=stopped clients_served=2 requests=3 replies_dropped=0")
-			wantAllClosed(a, idle)
-		})
-	}
-}
+func TestSignalsWhileLoading(t *testing.T) { command.SignalsWhileLoading(t, binary) }
+func TestSignalsStopCleanly(t *testing.T)  { command.SignalsStopCleanly(t, binary) }
 
 // Ensure that a stop takes the time that it needs where all data has to be written again first.
 func TestSignalsWhileAllDataIsWritten(t *testing.T) {
@@ -1233,45 +608,12 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		pass(tickTime)
 		log.flush()
 		close(log.lines)
-		wantIn(t, "the log", text.take(), "waits until all data is written again")
+		is.In(t, "the log", text.take(), "waits until all data is written again")
 		must(t, db.Close())
 	})
 }
 
-// Ensure that a full disk does not end the server: writes are refused, and everything else works.
-func TestFullDiskRefusesWrites(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	cmd := binary("-addr", "127.0.0.1:0", "-data", dir)
-	cmd.Args = append([]string{"sh", "-c", `ulimit -f 4096; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
-	var err error
-	if cmd.Path, err = exec.LookPath("sh"); err != nil {
-		t.Logf("without a shell there is no limit of a file's size: %v", err)
-		return
-	}
-	pipe, _ := cmd.StderrPipe()
-	must(t, cmd.Start())
-	defer cmd.Process.Kill()
-	log := bufio.NewReader(pipe)
-	a := protocol.DialTCP(t, protocol.ListeningAddr(t, log))
-	a.Ask("Ack", ":OK 0")
-	put := "Put:k:" + strings.Repeat("v", 1<<19)
-	stored, answer := 0, ":OK 1"
-	for ; answer == ":OK 1" && stored < 20; stored++ {
-		a.Send(put + "\n")
-		answer = a.Read()
-	}
-	if !regexp.MustCompile(
-		`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(
-		answer) {
-		t.Errorf("on a full disk a Put is answered %q", answer)
-	}
-	a.Ask("Put:small:v", ":OK 1") // there is room for that
-	a.Ask("Delete:k", fmt.Sprint(":OK ", stored-1))
-	a.Ask("Get:small", "small:v", ":OK 1")
-	a.HangUp()
-	stopBinary(t, cmd, log, os.Interrupt, "writes are refused: the disk is full")
-}
+func TestFullDiskRefusesWrites(t *testing.T) { command.FullDiskRefusesWrites(t, binary) }
 
 func TestKilledServer(t *testing.T) {
 	t.Parallel()
@@ -1280,43 +622,7 @@ func TestKilledServer(t *testing.T) {
 
 // ---- main.go: certificates, and server.go: TLS
 
-// Ensure that with a client CA only its clients get in, and that others are told why.
-func TestTLS(t *testing.T) {
-	t.Parallel()
-	dir, other := certificates(t, "server", "client", "expired"), certificates(t, "client")
-	flags := func(ca, from, name string) (args []string) {
-		if ca != "" {
-			args = []string{"-tls-ca", filepath.Join(ca, "ca.pem")}
-		}
-		if name != "" {
-			args = append(args, "-tls-cert", filepath.Join(from, name+".pem"), "-tls-key",
-				filepath.Join(from, name+".key"))
-		}
-		return args
-	}
-	_, addr, log := binary.Start(t, append(flags("", dir, "server"), "-addr", "localhost:0",
-		"-tls-client-ca", filepath.Join(dir, "ca.pem"))...)
-	go io.Copy(io.Discard, log)
-	for _, c := range []struct {
-		args   []string
-		prints string
-	}{
-		{flags(dir, dir, "client"), "k:v\n"},
-		{flags(dir, "", ""), "It wants a certificate from its CA that has not ended: give -tls-cert"},
-		{flags(dir, other, "client"), "It wants a certificate from its CA"}, // and this is another's
-		{flags(dir, dir, "expired"), "It wants a certificate from its CA that has not ended"},
-		{flags(other, dir, "client"), "Somebody answers there."},
-		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which gets its answer at once
-	} {
-		runBinary(t, "Delete:k\nPut:k:v\nGet:k\n", c.prints, c.prints == "k:v\n",
-			append(c.args, "-addr", addr, "-timeout", "3s", "-c")...)
-	}
-	_, port, _ := net.SplitHostPort(addr)
-	for _, everywhere := range []string{":", "0.0.0.0:"} { // as the server's own -addr may say
-		args := append(flags(dir, dir, "client"), "-addr", everywhere+port, "-ping")
-		runBinary(t, "", ":PONG", true, args...)
-	}
-}
+func TestTLS(t *testing.T) { command.TLS(t, binary) }
 
 // Ensure that certificates are read again when the content of their files changes, even if size and
 // time stay the same, or when the server is told to; that a bad file, or one that is no regular
@@ -1324,7 +630,7 @@ func TestTLS(t *testing.T) {
 func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		dir, others := certificates(t, "server"), certificates(t, "server")
+		dir, others := command.Certificates(t, "server"), command.Certificates(t, "server")
 		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
 			clientCA: filepath.Join(dir, "ca.pem")}
 		var log screen
@@ -1797,30 +1103,7 @@ func TestCommandTimeout(t *testing.T) {
 	})
 }
 
-// Ensure that a -c that gives up or is killed while its Take waits takes no value.
-func TestCommandLeavesTheLine(t *testing.T) {
-	t.Parallel()
-	addr := startTCP(t, New(kvstore.NewMemory()))
-	watch := protocol.DialTCP(t, addr)
-	command := func(timeout time.Duration) *exec.Cmd {
-		return binary("-addr", addr, "-timeout", timeout.String(), "-c", "Take:k:3600")
-	}
-
-	// On a busy machine it may give up before its Take has arrived: then it gets more time.
-	for timeout := 100 * time.Millisecond; watch.Stat("take_requests_total") == 0; timeout *= 2 {
-		command(timeout).Run()
-	}
-
-	takes, cmd := watch.Stat("take_requests_total"), command(time.Hour)
-	must(t, cmd.Start())
-	await(t, "its Take", func() bool { return watch.Stat("take_requests_total") > takes })
-	cmd.Process.Kill()
-	cmd.Wait()
-
-	await(t, "the ends of both", func() bool { return watch.Stat("clients") == 1 })
-	watch.Ask("Put:k:v\nCount:k\nPing", ":OK 1", ":PONG")
-	watch.HangUp()
-}
+func TestCommandLeavesTheLine(t *testing.T) { command.ClientLeavesTheLine(t, binary, serveTCP) }
 
 // Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
 // -ping has a limit by itself if a server stalls after its welcome. What was answered is good, though
@@ -1894,27 +1177,7 @@ func TestCommandRefusesUTF16(t *testing.T) {
 	})
 }
 
-// Ensure that -out writes the answers into a file, byte for byte, and reports a file that it cannot
-// write.
-func TestCommandOutput(t *testing.T) {
-	t.Parallel()
-	addr := serveTCP(t)
-	a := protocol.DialTCP(t, addr)
-	a.Ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
-	a.HangUp()
-	file := filepath.Join(t.TempDir(), "dump")
-	out, err := binary("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
-	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
-		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
-	}
-	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
-		"/dev/full": "cannot write the answers: write "} {
-		if name == "/dev/full" && runtime.GOOS != "linux" {
-			continue
-		}
-		runBinary(t, "", want, false, "-addr", addr, "-c", "-out", name, "Dump")
-	}
-}
+func TestCommandOutput(t *testing.T) { command.ClientOutput(t, binary, serveTCP) }
 
 // screen is a buffer that several goroutines may write to, as to a terminal.
 type screen struct {
@@ -1958,26 +1221,7 @@ func TestCommandOnATerminal(t *testing.T) {
 	})
 }
 
-// Ensure that a -c that is interrupted says how far it has come.
-func TestCommandIsInterrupted(t *testing.T) {
-	t.Parallel()
-	cmd := binary("-addr", serveTCP(t), "-c")
-	in, _ := cmd.StdinPipe()
-	out, _ := cmd.StdoutPipe()
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	must(t, cmd.Start())
-	io.WriteString(in, "Put:k:v\n\nPing:there\n")
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
-		t.Errorf("it answers %q, %v", line, err)
-	}
-	cmd.Process.Signal(os.Interrupt)
-	cmd.Wait()
-	want := "interrupted; answered through line 3 of the input\n"
-	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
-		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
-	}
-}
+func TestCommandIsInterrupted(t *testing.T) { command.ClientIsInterrupted(t, binary, serveTCP) }
 
 // Ensure that checking many requests on the command line takes linear memory: each is checked
 // without joining all that follow.
@@ -1992,14 +1236,7 @@ func TestCommandWithManyRequests(t *testing.T) {
 	}
 }
 
-// Ensure that requests after a Quit are reported as not run, even if there is a second Quit.
-func TestCommandBehindAQuit(t *testing.T) {
-	t.Parallel()
-	addr := serveTCP(t)
-	for _, input := range []string{"Quit\nPut:a:b\n", "Quit\nPut:a:b\nQuit\n"} {
-		runBinary(t, input, "Nothing after a Quit is run.", false, "-addr", addr, "-c")
-	}
-}
+func TestCommandBehindAQuit(t *testing.T) { command.ClientBehindAQuit(t, binary, serveTCP) }
 
 // Ensure that -c gives correct advice on what to do next: with the flags that it was given, and to
 // look first only if something may have been changed.
@@ -2152,7 +1389,7 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		b.Ask("Get:k", "k:v")
 		equal(t, "clients", n.server.CountActive(), 2)
 		n.server.Close()
-		wantAllClosed(a, b)
+		protocol.WantAllClosed(a, b)
 		for _, l := range []*fakeNet{n, other, failing} {
 			equal(t, "the listener is closed", isClosed(l.Closed()), true)
 		}
@@ -2311,7 +1548,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 	a.Conn.(*net.TCPConn).SetReadBuffer(256 * kilo) // the rest waits at the server's side
 
 	a.Send("Get:k\n")
-	await(t, "the Get", func() bool { return watch.Stat("get_requests_total") == 1 })
+	protocol.Await(t, "the Get", func() bool { return watch.Stat("get_requests_total") == 1 })
 	watch.HangUp()
 	readAndSend(a, s, strings.Repeat("k:"+value+"\n", kilo), 150*kilo, time.Millisecond)
 }
@@ -2567,8 +1804,8 @@ func TestMaxClientsAndPing(t *testing.T) {
 	s.maxClients = 1
 	addr := startTCP(t, s)
 	protocol.DialTCP(t, addr).Ask("Ping", ":PONG")
-	runBinary(t, "", "the server answers", true, "-addr", addr, "-ping")
-	runBinary(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
+	binary.Prints(t, "", "the server answers", true, "-addr", addr, "-ping")
+	binary.Prints(t, "", "server is full (1 clients)\nNothing was done. Try again later", false,
 		"-addr", addr, "-c", "Get:k")
 }
 
@@ -2830,7 +2067,7 @@ func TestCommitBeforeReplies(t *testing.T) {
 		waiter.Post("Take:none:60\n")
 		store.fail = errors.New("disk on fire")
 		a.Post("Put:k:w\nPut:job:v\n") // which the Take gets
-		wantAllClosed(a, b, c, taker, waiter)
+		protocol.WantAllClosed(a, b, c, taker, waiter)
 		equal(t, "Failed", <-n.server.Failed(), store.fail)
 		commits := store.commits
 		n.Dial(t).WantClosed()
@@ -3394,14 +2631,14 @@ func TestTakeOnRealSockets(t *testing.T) {
 			takers = append(takers, conn)
 		}
 	}
-	await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
+	protocol.Await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
 	for _, conn := range takers {
 		if c, isTCP := conn.(*net.TCPConn); isTCP {
 			c.SetLinger(0) // so that Close resets it
 		}
 		conn.Close()
 	}
-	await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
+	protocol.Await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
 	a.Ask("Put:k:v\nTake:k", "k:v")
 	a.HangUp()
 }
@@ -4378,100 +3615,15 @@ func TestListenOnLocalhost(t *testing.T) {
 		a := protocol.DialTCP(t, net.JoinHostPort(host, port))
 		a.Ask("Ping:"+host, ":PONG "+host)
 	}
-	runBinary(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
-	runBinary(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
+	binary.Prints(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
+	binary.Prints(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
 }
 
-// Ensure that -c and -ping use the first of several addresses where a server answers, and that a
-// server listens on all of its addresses or does not start.
 func TestListenOnSeveralAddresses(t *testing.T) {
-	t.Parallel()
-	s := New(kvstore.NewMemory())
-	startTCP(t, s)
-	here, nowhere := s.listener.Addr().String(), fmt.Sprintf("127.0.0.1:%d", freePort(t))
-	for _, args := range [][]string{{"-ping"}, {"-c", "Put:k:v"}} {
-		for _, addr := range []string{nowhere + "," + here, here + "," + nowhere} {
-			runBinary(t, "", "", true, append([]string{"-addr", addr}, args...)...)
-		}
-	}
-	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
-	must(t, err)
-	defer frozen.Close()
-	answer := "" // on a busy machine the second one may need more time
-	for timeout := time.Second / 4; answer == "" && timeout < time.Minute; timeout *= 2 {
-		out, _ := binary("-addr", frozen.Addr().String()+","+here, "-timeout", timeout.String(), "-ping").Output()
-		answer = string(out)
-	}
-	if answer != ":PONG\n" {
-		t.Errorf("behind one that says nothing -ping prints %q", answer)
-	}
-	runBinary(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere, "-ping")
-	runBinary(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
-	runBinary(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
-
-	cmd, addr, log := binary.Start(t, "-addr", nowhere+",127.0.0.1:0")
-	second := protocol.ListeningAddr(t, log)
-	if addr != nowhere || second == nowhere {
-		t.Errorf("the log says %s and %s, want %s and another", addr, second, nowhere)
-	}
-	a, b := protocol.DialTCP(t, addr), protocol.DialTCP(t, second)
-	a.Ask("Put:k:v\nPing", ":PONG")
-	b.Ask("Get:k", "k:v")
-	a.HangUp()
-	b.HangUp()
-	stopBinary(t, cmd, log, syscall.SIGTERM)
+	command.ListenOnSeveralAddresses(t, binary, serveTCP)
 }
 
-// Ensure that a server on a unix socket can be reached there, only by its user and group, and
-// without TLS; that it replaces the socket of a server that was killed, but not of one that runs;
-// and that it removes the socket at its end.
-func TestListenOnAUnixSocket(t *testing.T) {
-	t.Parallel()
-	dir := certificates(t, "server")
-	path := filepath.Join(t.TempDir(), "sock")
-	at := "unix:" + path
-	args := []string{"-addr", "127.0.0.1:0," + at, "-tls-cert", filepath.Join(dir, "server.pem"),
-		"-tls-key", filepath.Join(dir, "server.key")}
-	start := func() (*exec.Cmd, *bufio.Reader) {
-		t.Helper()
-		cmd, _, log := binary.Start(t, args...)
-		if line, _ := log.ReadString('\n'); !strings.Contains(line, "addr="+at) ||
-			!strings.Contains(line, `try="nc -U `+path+`"`) {
-			t.Errorf("the log says %s", line)
-		}
-		return cmd, log
-	}
-
-	cmd, log := start()
-	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o660 {
-		t.Errorf("the socket's mode: %v, %v", info.Mode(), err)
-	}
-	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
-	runBinary(t, "", "k:v\n", true, "-addr", "unix:"+path+"2,"+at, "-c", "Put:k:v", "Get:k")
-	a := protocol.DialTCP(t, at)
-	a.SendAll("Get:k\n")
-	a.WantRest("k:v\n")
-	protocol.DialTCP(t, at).Ask("\x16\x03\x01\nPut:k:w", ":ERROR line 1: this port speaks no TLS")
-
-	runBinary(t, "", "Stop what listens there", false, "-addr", at)
-	runBinary(t, "", "k:v\n", true, "-addr", at, "-c", "Get:k")
-
-	// A stop leaves the socket of another server alone.
-	os.Remove(path)
-	second, _ := start()
-	stopBinary(t, cmd, log, syscall.SIGTERM)
-	runBinary(t, "", "", true, "-addr", at, "-c", "Get:k")
-
-	second.Process.Kill()
-	second.Wait()
-	_, err := os.Lstat(path)
-	must(t, err)
-	cmd, log = start()
-	runBinary(t, "", ":PONG\n", true, "-addr", at, "-ping")
-	stopBinary(t, cmd, log, syscall.SIGTERM)
-	_, err = os.Lstat(path)
-	equal(t, "the socket of a server that has stopped has gone", errors.Is(err, fs.ErrNotExist), true)
-}
+func TestListenOnAUnixSocket(t *testing.T) { command.ListenOnAUnixSocket(t, binary) }
 
 // ---- server.go: watching
 
@@ -4543,7 +3695,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 			case "process_bytes", "memory_bytes": // they change by themselves
 				want = "\nkvserver_" + name + " "
 			}
-			wantIn(t, "/metrics beside Stats", body, want)
+			is.In(t, "/metrics beside Stats", body, want)
 		}
 
 		kinds := map[string]string{}
@@ -4611,7 +3763,7 @@ func checkMetrics(t *testing.T, body string) {
 			t.Errorf("/metrics: %q is not of its format", line)
 		}
 	}
-	if promtool := tool(t, "promtool"); promtool != "" {
+	if promtool := command.Tool(t, "promtool"); promtool != "" {
 		cmd := exec.Command(promtool, "check", "metrics")
 		cmd.Stdin = strings.NewReader(body)
 		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
@@ -4663,7 +3815,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 		"log_errors_total 1\n", "log_lines_lost_total 0\n", "queued_limit_bytes 1073741824\n",
 		"clients_refused_total 0\n", "last_error_timestamp_seconds ", "go_goroutines ",
 		"go_heap_bytes ", "go_memory_bytes ", "go_gc_cycles_total "} {
-		wantIn(t, "/metrics", text, "\nkvserver_"+want)
+		is.In(t, "/metrics", text, "\nkvserver_"+want)
 	}
 }
 
@@ -5515,7 +4667,7 @@ func TestWriteTimeout(t *testing.T) {
 			io.CopyN(io.Discard, b.R, 10_000)
 			pass(time.Minute) // a may have taken a part of the unfinished Write
 			equal(t, "clients after the timeout", n.server.CountActive(), 1)
-			wantIn(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
+			is.In(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.R, 40_000)
 				pass(time.Minute - 1)
@@ -5772,16 +4924,6 @@ func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
 	}
 }
 
-// wantIn wants text to have all of these parts.
-func wantIn(t testing.TB, what, text string, parts ...string) {
-	t.Helper()
-	for _, part := range parts {
-		if !strings.Contains(text, part) {
-			t.Errorf("%s: no %q in %s", what, part, text)
-		}
-	}
-}
-
 // must ends the test at an error.
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -5896,24 +5038,6 @@ func newFakeNet() *fakeNet {
 	return n
 }
 
-// await waits until is returns true, where that takes real time: another process or the kernel does
-// it.
-func await(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !is(); <-time.After(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("after a minute it still waits for %s", what)
-		}
-	}
-}
-
-func wantAllClosed(clients ...*protocol.Client) {
-	for _, c := range clients {
-		c.T.Helper()
-		c.WantClosed()
-	}
-}
-
 // serveTCP serves an empty store on a real port until the test ends.
 func serveTCP(t testing.TB) (addr string) {
 	t.Helper()
@@ -5930,7 +5054,7 @@ func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 
 // serverConfig returns the TLS configuration of a server.
 func serverConfig(t *testing.T) *tls.Config {
-	dir := certificates(t, "server")
+	dir := command.Certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
 	must(t, err)
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
@@ -5948,7 +5072,7 @@ func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, wor
 	t.Helper()
 	code, body := getPage(handler, path)
 	equal(t, path, code, wantCode)
-	wantIn(t, path, body, words...)
+	is.In(t, path, body, words...)
 	return body
 }
 
@@ -5983,93 +5107,11 @@ func heapOfQuiet() int {
 	return heapBytes()
 }
 
-// tool returns the path of a program that a test needs, or "" with a line in the test's log where
-// it is not installed.
-func tool(t *testing.T, name string) string {
-	path, err := exec.LookPath(name)
-	if err != nil {
-		t.Logf("%v: nothing was tried with it", err)
-	}
-	return path
-}
-
 // binary returns a command that runs the server as a process of its own.
 var binary protocol.Program = func(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), "KVSERVER_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0")
 	return cmd
-}
-
-// outputs runs a command to its end, and returns what it prints, unless that goes elsewhere, and its
-// exit code.
-func outputs(cmd *exec.Cmd) (out, errs string, code int) {
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = cmp.Or(cmd.Stdout, io.Writer(&stdout)), &stderr
-	cmd.Run()
-	return stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()
-}
-
-// runBinary runs the server as a process that reads input, and wants it to print this, and to
-// succeed or fail as good says.
-func runBinary(t *testing.T, input, want string, good bool, args ...string) {
-	t.Helper()
-	cmd := binary(args...)
-	cmd.Stdin = strings.NewReader(input)
-	if out, err := cmd.CombinedOutput(); !strings.Contains(string(out), want) || (err == nil) != good {
-		t.Errorf("%q: %v, it prints %q, want %q", args, err, out, want)
-	}
-}
-
-// stopBinary stops a server by a signal. It must end well, and the rest of its log must have these
-// texts.
-func stopBinary(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts ...string) {
-	t.Helper()
-	cmd.Process.Signal(sig)
-	rest, _ := io.ReadAll(log)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("%v: %v, the log is %s", sig, err, rest)
-	}
-	wantIn(t, "the log", string(rest), texts...)
-}
-
-// certificates makes a CA in a new directory, and a certificate with its key for each name.
-func certificates(t *testing.T, names ...string) (dir string) {
-	dir = t.TempDir()
-	write := func(name, kind string, der []byte) {
-		os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
-	}
-	var ca *x509.Certificate
-	var caKey *ecdsa.PrivateKey
-	for i, name := range append([]string{"ca"}, names...) {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-		must(t, err)
-		c := &x509.Certificate{
-			SerialNumber: big.NewInt(int64(i + 1)), Subject: pkix.Name{CommonName: name},
-			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-			DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		}
-		if strings.HasPrefix(name, "expired") {
-			c.NotAfter = time.Now().Add(-time.Minute)
-		}
-		if ca == nil {
-			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
-			ca, caKey = c, key
-		}
-		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
-		must(t, err)
-		write(name+".pem", "CERTIFICATE", der)
-		keyDER, _ := x509.MarshalECPrivateKey(key)
-		write(name+".key", "EC PRIVATE KEY", keyDER)
-	}
-	return dir
-}
-
-// freePort returns a port that was free a moment ago.
-func freePort(t *testing.T) int {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer listener.Close()
-	return listener.Addr().(*net.TCPAddr).Port
 }
 
 // converseWith runs kvserver -c against the server.

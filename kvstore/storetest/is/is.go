@@ -4,6 +4,7 @@ package is
 import (
 	"cmp"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 )
@@ -30,6 +31,16 @@ func Within(t testing.TB, least, most time.Duration, do func()) {
 	start := time.Now()
 	do()
 	Between(t, "the time that it took", time.Since(start), least, most)
+}
+
+// In wants text to have all of these parts.
+func In(t testing.TB, what, text string, parts ...string) {
+	t.Helper()
+	for _, part := range parts {
+		if !strings.Contains(text, part) {
+			t.Errorf("%s: no %q in %s", what, part, text)
+		}
+	}
 }
 
 // OK ends the test at an error.

@@ -180,3 +180,11 @@ func (c *Client) HangUp() {
 	c.WantClosed()
 	c.Close()
 }
+
+// WantAllClosed wants the end of all connections.
+func WantAllClosed(clients ...*Client) {
+	for _, c := range clients {
+		c.T.Helper()
+		c.WantClosed()
+	}
+}

@@ -2,7 +2,11 @@ package protocol
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
+	"io"
 	"net"
+	"os"
 	"os/exec"
 	"regexp"
 	"strconv"
@@ -67,4 +71,47 @@ func DialTCP(t testing.TB, addr string) *Client {
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
 	return NewClient(t, conn)
+}
+
+// Outputs runs a command to its end, and returns what it prints, unless that goes elsewhere, and its
+// exit code.
+func Outputs(cmd *exec.Cmd) (out, errs string, code int) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = cmp.Or(cmd.Stdout, io.Writer(&stdout)), &stderr
+	cmd.Run()
+	return stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()
+}
+
+// Prints runs the server as a process that reads input, and wants it to print this, and to succeed
+// or fail as good says.
+func (p Program) Prints(t *testing.T, input, want string, good bool, args ...string) {
+	t.Helper()
+	cmd := p(args...)
+	cmd.Stdin = strings.NewReader(input)
+	if out, err := cmd.CombinedOutput(); !strings.Contains(string(out), want) || (err == nil) != good {
+		t.Errorf("%q: %v, it prints %q, want %q", args, err, out, want)
+	}
+}
+
+// Stop stops a server by a signal. It must end well, and the rest of its log must have these
+// texts.
+func Stop(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts ...string) {
+	t.Helper()
+	cmd.Process.Signal(sig)
+	rest, _ := io.ReadAll(log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v: %v, the log is %s", sig, err, rest)
+	}
+	is.In(t, "the log", string(rest), texts...)
+}
+
+// Await waits until isTrue returns true, where that takes real time: another process or the kernel does
+// it.
+func Await(t *testing.T, what string, isTrue func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !isTrue(); <-time.After(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("after a minute it still waits for %s", what)
+		}
+	}
 }

@@ -1,0 +1,96 @@
+package command
+
+import (
+	"bufio"
+	"bytes"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/protocol"
+)
+
+// ClientLeavesTheLine ensures that a -c that gives up or is killed while its Take waits takes no
+// value.
+func ClientLeavesTheLine(t *testing.T, program protocol.Program, serve Serve) {
+	t.Parallel()
+	addr := serve(t)
+	watch := protocol.DialTCP(t, addr)
+	command := func(timeout time.Duration) *exec.Cmd {
+		return program("-addr", addr, "-timeout", timeout.String(), "-c", "Take:k:3600")
+	}
+
+	// On a busy machine it may give up before its Take has arrived: then it gets more time.
+	for timeout := 100 * time.Millisecond; watch.Stat("take_requests_total") == 0; timeout *= 2 {
+		command(timeout).Run()
+	}
+
+	takes, cmd := watch.Stat("take_requests_total"), command(time.Hour)
+	is.OK(t, cmd.Start())
+	protocol.Await(t, "its Take", func() bool { return watch.Stat("take_requests_total") > takes })
+	cmd.Process.Kill()
+	cmd.Wait()
+
+	protocol.Await(t, "the ends of both", func() bool { return watch.Stat("clients") == 1 })
+	watch.Ask("Put:k:v\nCount:k\nPing", ":OK 1", ":PONG")
+	watch.HangUp()
+}
+
+// ClientOutput ensures that -out writes the answers into a file, byte for byte, and reports a file
+// that it cannot write.
+func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
+	t.Parallel()
+	addr := serve(t)
+	a := protocol.DialTCP(t, addr)
+	a.Ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
+	a.HangUp()
+	file := filepath.Join(t.TempDir(), "dump")
+	out, err := program("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
+	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
+		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
+	}
+	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
+		"/dev/full": "cannot write the answers: write "} {
+		if name == "/dev/full" && runtime.GOOS != "linux" {
+			continue
+		}
+		program.Prints(t, "", want, false, "-addr", addr, "-c", "-out", name, "Dump")
+	}
+}
+
+// ClientIsInterrupted ensures that a -c that is interrupted says how far it has come.
+func ClientIsInterrupted(t *testing.T, program protocol.Program, serve Serve) {
+	t.Parallel()
+	cmd := program("-addr", serve(t), "-c")
+	in, _ := cmd.StdinPipe()
+	out, _ := cmd.StdoutPipe()
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	is.OK(t, cmd.Start())
+	io.WriteString(in, "Put:k:v\n\nPing:there\n")
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
+		t.Errorf("it answers %q, %v", line, err)
+	}
+	cmd.Process.Signal(os.Interrupt)
+	cmd.Wait()
+	want := "interrupted; answered through line 3 of the input\n"
+	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(errs.String(), want) {
+		t.Errorf("exit code %d, it says %q, want %q", cmd.ProcessState.ExitCode(), &errs, want)
+	}
+}
+
+// ClientBehindAQuit ensures that requests after a Quit are reported as not run, even if there is a
+// second Quit.
+func ClientBehindAQuit(t *testing.T, program protocol.Program, serve Serve) {
+	t.Parallel()
+	addr := serve(t)
+	for _, input := range []string{"Quit\nPut:a:b\n", "Quit\nPut:a:b\nQuit\n"} {
+		program.Prints(t, input, "Nothing after a Quit is run.", false, "-addr", addr, "-c")
+	}
+}
