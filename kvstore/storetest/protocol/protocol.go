@@ -8,6 +8,7 @@
 //	lines.go          lines in pieces, long lines and slow ones, and lines before a half-close
 //	lists.go          keys that expire, Takes that wait, a Dump beside writers
 //	readers.go        clients that do not read, and those that read steadily
+//	readme.go         the sessions that the README shows
 //	process.go        a server that is a process
 //	killed.go         one that is killed again and again
 //
