@@ -114,7 +114,6 @@ import (
 	"testing/synctest"
 	"time"
 	"unsafe"
-	"weak"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
@@ -1500,7 +1499,7 @@ func TestCloseUnderASteadyReaderOnRealSocket(t *testing.T) {
 // Ensure that time in which the server stands still does not count as a client's time to read.
 func TestCloseWhileTheServerStandsStill(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 3 * closeTime}
+		n.server.db = &protocol.SlowStore{Memory: kvstore.NewMemory(), Takes: 3 * closeTime}
 		value := strings.Repeat("v", kilo)
 		n.fill("k", value, 1200)
 		a, b := n.Dial(t), n.Dial(t)
@@ -1755,17 +1754,6 @@ func TestMaxClientsAndPing(t *testing.T) {
 
 // ---- server.go: turns of clients
 
-// lazyStore is a Memory whose Updates take a while, as those of huge lists do.
-type lazyStore struct {
-	*kvstore.Memory
-	takes func() time.Duration
-}
-
-func (l lazyStore) Update(key, oldValue, newValue string) bool {
-	<-time.After(l.takes())
-	return l.Memory.Update(key, oldValue, newValue)
-}
-
 // Ensure that a client waits hardly longer for its next turn if the system suspends the process in
 // the middle of its chain, but that time in which long lists may have been searched counts in full.
 func TestTurnsBesideStalls(t *testing.T) {
@@ -1784,72 +1772,14 @@ func TestTurnsBesideStalls(t *testing.T) {
 	}
 }
 
-// Ensure that a client that asks for little waits for one or two turns of other clients, not for
-// one of each, whether they send one long request at a time, a short one between two long ones, or
-// many in one chain, and most often for none behind it; and that the others get equal shares.
-func TestTurnsOfLightClients(t *testing.T) {
-	t.Parallel()
-	const others, takes = 100, 2 * time.Millisecond
-	for _, script := range []string{"Update:k:a:b\nPing\n",
-		"Get:none\nPing\n|Update:k:a:b\nPing\n", strings.Repeat("Update:k:a:b\n", 10) + "Ping\n"} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			random := rand.New(rand.NewPCG(1, 2))
-			n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration {
-				return world.Between(random, takes/2, takes)
-			}}
-			victim := n.Dial(t)
-			victim.Ask("Ping", ":PONG")
-			parts := strings.Split(script, "|")
-			var stop atomic.Bool
-			var all sync.WaitGroup
-			rounds := make([]atomic.Int64, others)
-			span := func() (least, most int64) {
-				least = math.MaxInt64
-				for i := range rounds {
-					n := rounds[i].Load()
-					least, most = min(least, n), max(most, n)
-				}
-				return least, most
-			}
-			clients := n.DialMany(t, others, func(int, *protocol.Client) {})
-			for i, c := range clients {
-				all.Go(func() {
-					defer c.HangUp()
-					for ; !stop.Load(); rounds[i].Add(1) {
-						for _, part := range parts {
-							c.Ask(strings.TrimSuffix(part, "\n"), ":PONG")
-						}
-					}
-				})
-			}
-			updates := strings.Count(script, "Update")
-			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
-				pass(takes) // until each is known to ask for more than a little
-			}
-			const asks = 200
-			began := time.Now()
-			for range asks {
-				pass(3 * takes / 7)
-				within(t, 0, 2*takes, func() { victim.Ask("Put:x:y\nDelete:x\nPing", ":PONG") })
-			}
-			between(t, "time that it has waited", time.Since(began)-asks*(3*takes/7), 0, asks*takes*3/4)
-			pass(time.Duration(5*others*updates) * takes)
-			least, most := span()
-			if least < 4 || most > 3*least { // none starves
-				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
-			}
-			stop.Store(true)
-			all.Wait()
-		})
-	}
-}
+func TestTurnsOfLightClients(t *testing.T) { protocol.TurnsOfLightClients(t, serveOn) }
 
 // Ensure that a client whose request took very long waits for hardly more than a round of each other
 // client, and not until each has had as much.
 func TestTurnsAfterALongRequest(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		takes := time.Second
-		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }}
+		n.server.db = protocol.LazyStore{Memory: kvstore.NewMemory(), Takes: func() time.Duration { return takes }}
 		a := n.DialAck(t)
 		a.Ask("Update:k:a:b", ":OK 0")
 		takes = time.Millisecond
@@ -1888,7 +1818,7 @@ func TestTurns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var takes time.Duration
-		s := New(lazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		s := New(protocol.LazyStore{Memory: kvstore.NewMemory(), Takes: func() time.Duration { return takes }})
 		s.round.epoch = time.Now()
 		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
@@ -1924,56 +1854,7 @@ func TestTurns(t *testing.T) {
 
 // ---- server.go: the store, and Commit
 
-// Ensure that the server needs only the KVStore interface from a store, and a Snapshot for Keys and
-// Dump.
-func TestStoreOfAnyKind(t *testing.T) {
-	for _, c := range protocol.All(helpLines) {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			held := kvstore.NewMemory()
-			n.server.db = listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held}
-			a := n.Dial(t)
-			go a.SendAll(c.Send)
-			got := a.ReadAll()
-			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
-			if got != c.Want && !(keeps && strings.Contains(c.Send, "Expire:")) {
-				t.Errorf("%s: got %.600q\nwant %.600q", c.Name, got, c.Want)
-			}
-			b := n.Dial(t)
-			b.Send("Stats\n")
-			for line := b.Read(); !strings.HasPrefix(line, ":OK "); line = b.Read() {
-				if strings.HasPrefix(line, ": keys ") {
-					t.Errorf("Stats says %q of a store that cannot know", line)
-				}
-			}
-		})
-	}
-}
-
-// plainStore is a KVStore that is no Store, and whose Commit fails when told to.
-type plainStore struct {
-	kvstore.KVStore
-	commits int
-	fail    error
-	last    []string // the last result of Get
-}
-
-func (p *plainStore) Get(key string) []string {
-	p.last = p.KVStore.Get(key)
-	return p.last
-}
-
-func (p *plainStore) Commit() error {
-	p.commits++
-	return p.fail
-}
-
-// listedStore is a Store made from a KVStore, with the Snapshot of the Memory behind it.
-type listedStore struct {
-	kvstore.Store
-	held *kvstore.Memory
-}
-
-func (l listedStore) Snapshot() kvstore.Snapshot { return l.held.Snapshot() }
+func TestStoreOfAnyKind(t *testing.T) { protocol.StoreOfAnyKind(t, serveOn, helpLines) }
 
 // Ensure that files that somebody removes under an idle server are written again without a request,
 // so that kill -9 loses nothing.
@@ -2000,7 +1881,7 @@ func TestStoreMissesItsFiles(t *testing.T) {
 // has waited; that every client is disconnected; and that Failed reports it.
 func TestCommitBeforeReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &plainStore{KVStore: kvstore.NewMemory()}
+		store := &protocol.PlainStore{KVStore: kvstore.NewMemory()}
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -2009,150 +1890,21 @@ func TestCommitBeforeReplies(t *testing.T) {
 		b.Ask("Get:k", "k:v")
 		taker.Send("Take:job:60\n")
 		waiter.Post("Take:none:60\n")
-		store.fail = errors.New("disk on fire")
+		store.Fail = errors.New("disk on fire")
 		a.Post("Put:k:w\nPut:job:v\n") // which the Take gets
 		protocol.WantAllClosed(a, b, c, taker, waiter)
-		equal(t, "Failed", <-n.server.Failed(), store.fail)
-		commits := store.commits
+		equal(t, "Failed", <-n.server.Failed(), store.Fail)
+		commits := store.Commits
 		n.Dial(t).WantClosed()
 		n.server.Close()
-		equal(t, "Commits after one that failed", store.commits, commits)
+		equal(t, "Commits after one that failed", store.Commits, commits)
 		equal(t, "clients that left because the store failed, in the log",
 			strings.Count(log.String(), `reason="the store failed"`), 3)
 	})
 }
 
-// Ensure that a Get that sees another client's Put is not answered before the Put is committed.
-func TestCommitBeforeGets(t *testing.T) {
-	for _, failure := range []error{nil, errors.New("disk on fire")} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			store := gatedStore{kvstore.NewMemory(), make(chan error, 3)}
-			n.server.db = kvstore.StoreOf(store)
-			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
-			for _, x := range []*protocol.Client{a, b, c} {
-				store.gate <- nil
-				x.Ask("Ping", ":PONG")
-			}
-			c.Post("Ping\n") // workLoop waits, and the next two are committed together
-			a.Post("Put:k:v\n")
-			b.Post("Get:k\n")
-			store.gate <- nil
-			c.Want(":PONG")
-			b.WantNothing()
-			c.Post("Keys\n") // it is not run if that Commit fails
-			store.gate <- failure
-			if failure == nil {
-				b.Want("k:v")
-			}
-			for range cap(store.gate) {
-				store.gate <- nil
-			}
-			if failure == nil {
-				c.Want(": k", ":OK 1")
-			}
-		})
-	}
-}
-
-// Ensure that clients that come back soon share a slow Commit, whenever they came first, and that
-// no batch waits for long for clients that have left, come later, only read, or wait for a value.
-func TestCommitGathers(t *testing.T) { // number of Commits in a second
-	const takes, second = 10 * time.Millisecond, 100 // Commits
-	type gathers func(t *testing.T, n *fakeNet, store *slowStore)
-	beside := func(most int64, others func(t *testing.T, n *fakeNet, ended <-chan struct{})) gathers {
-		return func(t *testing.T, n *fakeNet, store *slowStore) {
-			ended := make(chan struct{})
-			var all sync.WaitGroup
-			n.start(t)
-			all.Go(func() { others(t, n, ended) })
-			n.repeat(t, 10, takes/10, takes/10, second)
-			got := store.commits.Load()
-			close(ended)
-			all.Wait()
-			between(t, "Commits for 100 rounds of all who come each time", got, 0, most)
-		}
-	}
-	for what, test := range map[string]gathers{
-		"halves": func(t *testing.T, n *fakeNet, store *slowStore) {
-			n.repeat(t, 10, takes/2, time.Millisecond, 20)
-			between(t, "Commits for 20 rounds of all clients", store.commits.Load(), 0, 30)
-		},
-		"gone, so that one is alone": func(t *testing.T, n *fakeNet, _ *slowStore) {
-			clients := n.DialMany(t, 10, func(_ int, c *protocol.Client) { c.Ask("Ack", ":OK 0") })
-			for range 5 { // all come each time
-				for _, c := range clients {
-					c.Send("Put:k:v\n")
-				}
-				for _, c := range clients {
-					c.Want(":OK 1")
-				}
-			}
-			for _, c := range clients {
-				c.HangUp()
-			}
-			alone := n.Dial(t)
-			for range 3 {
-				began := time.Now()
-				alone.Ask("Put:k:v\nPing", ":PONG")
-				between(t, "the wait of a client that is alone", time.Since(began), 0, takes)
-			}
-		},
-		"late": func(t *testing.T, n *fakeNet, store *slowStore) {
-			began := time.Now()
-			n.repeat(t, 2, takes/70, takes*7/10, second)
-			between(t, "Commits of clients that come late", store.commits.Load(),
-				int64(time.Since(began)/takes)*95/100, math.MaxInt64)
-		},
-		"one that reads in between": beside(second*3/2, func(t *testing.T, n *fakeNet, ended <-chan struct{}) {
-			for both := n.DialAck(t); !isClosed(ended); {
-				both.Ask("Get:none", ":OK 0")
-				both.Ask("Put:k:v", ":OK 1")
-			}
-		}),
-		"some that come seldom": beside(140, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
-			n.repeat(t, 8, 9*takes/8, 9*takes, second/5)
-		}),
-		"one that pauses": beside(127, func(t *testing.T, n *fakeNet, _ <-chan struct{}) {
-			c := n.DialAck(t)
-			for i := range second / 2 { // it comes for a while, pauses, and comes again
-				c.Ask("Put:k:v", ":OK 1")
-				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
-			}
-		}),
-		"readers": func(t *testing.T, n *fakeNet, store *slowStore) {
-			reader, gets := n.DialAck(t), 0
-			go n.repeat(t, 1, 0, takes*4/10, second)
-			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
-				reader.Ask("Get:none", ":OK 0")
-				<-time.After(takes / 200)
-			}
-			between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
-			pass(time.Second)
-		},
-		"Takes": func(t *testing.T, n *fakeNet, store *slowStore) {
-			for range 2 {
-				worker := n.DialAck(t)
-				go func() {
-					for worker.Send("Take:k:2\n"); len(worker.ReadList()) > 0; {
-						worker.Send("Take:k:2\n")
-					}
-				}()
-			}
-			began := time.Now()
-			n.repeat(t, 1, 0, takes/100, second)
-			between(t, "time of 100 values for two workers", time.Since(began), 0, second*(takes+takes/50))
-			pass(3 * time.Second)
-		},
-	} {
-		t.Run(what, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, n *fakeNet) {
-				store := &slowStore{Memory: kvstore.NewMemory(), takes: takes}
-				n.server.db = store
-				test(t, n, store)
-			})
-		})
-	}
-}
+func TestCommitBeforeGets(t *testing.T) { protocol.CommitBeforeGets(t, serveOn) }
+func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
 
 // Ensure that no batch waits for a client before its second write, not even a server's first
 // batches.
@@ -2166,7 +1918,7 @@ func TestCommitGathersNobodyAtFirst(t *testing.T) {
 func TestCommitGathersBesideLook(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.status = new(storage.Status)
-		n.server.db = &slowStore{Memory: kvstore.NewMemory(), takes: 10 * time.Millisecond}
+		n.server.db = &protocol.SlowStore{Memory: kvstore.NewMemory(), Takes: 10 * time.Millisecond}
 		a, b, began := n.Dial(t), n.Dial(t), time.Now()
 		a.Ask("Ack", ":OK 0")
 		<-time.After(fileCheckTime - 50*time.Millisecond)
@@ -2179,54 +1931,6 @@ func TestCommitGathersBesideLook(t *testing.T) {
 		a.Ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
 	})
 }
-
-// repeat has clients Put so many rounds, and think between two Puts. Each client begins so long
-// after the one before it.
-func (n *fakeNet) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
-	var all sync.WaitGroup
-	for i := range clients {
-		c := n.DialAck(t)
-		all.Go(func() {
-			<-time.After(after * time.Duration(i))
-			for range rounds {
-				c.Ask("Put:k:v", ":OK 1")
-				<-time.After(thinks)
-			}
-			c.HangUp()
-		})
-	}
-	all.Wait()
-}
-
-// slowStore is a Memory whose Commit takes a while if something was Put.
-type slowStore struct {
-	*kvstore.Memory
-	takes   time.Duration
-	isNew   bool // something was Put
-	commits atomic.Int64
-}
-
-func (s *slowStore) Put(key, value string) {
-	s.isNew = true
-	s.Memory.Put(key, value)
-}
-
-func (s *slowStore) Commit() error {
-	if s.isNew {
-		s.isNew = false
-		s.commits.Add(1)
-		<-time.After(s.takes)
-	}
-	return nil
-}
-
-// gatedStore is a Memory whose Commit waits for its result.
-type gatedStore struct {
-	*kvstore.Memory
-	gate chan error
-}
-
-func (g gatedStore) Commit() error { return <-g.gate }
 
 // ---- server.go: keys that expire
 
@@ -2355,65 +2059,8 @@ func (s slowDeletes) Delete(key string) int {
 	return s.Memory.Delete(key)
 }
 
-// Ensure that nobody learns that a key has gone before its removal is committed.
-func TestExpireIsCommitted(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error, 9)}
-		n.server.db = store
-		store.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
-		a := n.Dial(t)
-		store.gate <- nil
-		a.Ask("Get:k", "k:v")
-		pass(time.Second + 2*expireTime)
-		a.Send("Get:k\nPing\n")
-		a.WantNothing()
-		store.gate <- nil
-		a.Want(":PONG")
-		a.Close()
-	})
-}
-
-// Ensure that a key whose time is over is not shown if the disk has no room for its Delete, and is
-// removed once it has.
-func TestExpireOnAFullDisk(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		db := &roomless{Memory: kvstore.NewMemory()}
-		n.server.db = db
-		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
-		db.full.Store(true)
-		a := n.Dial(t)
-		a.Ask("Get:k", "k:v")
-		pass(5 * time.Minute)
-		a.Ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but it cannot be deleted: "+
-			syscall.ENOSPC.Error(), ":OK 0")
-		db.full.Store(false)
-		pass(2 * expireTime)
-		keys, _, _ := db.Size()
-		equal(t, "keys that are there still", keys, 0)
-		a.Ask("Get:k\nPing", ":PONG")
-		a.WantStat("expired_keys_total", 1)
-	})
-}
-
-// roomless is a Memory on a disk that has no room for anything while full is set. It counts how
-// often it was asked for room for a request that frees.
-type roomless struct {
-	*kvstore.Memory
-	full  atomic.Bool
-	why   error // why there is no room; nil: no space
-	frees atomic.Int64
-}
-
-func (r *roomless) Room(_ string, _ int64, removes int) error {
-	if removes > 0 {
-		r.frees.Add(1)
-	}
-	if r.full.Load() {
-		return cmp.Or(r.why, error(syscall.ENOSPC))
-	}
-	return nil
-}
+func TestExpireIsCommitted(t *testing.T) { protocol.ExpireIsCommitted(t, serveOn) }
+func TestExpireOnAFullDisk(t *testing.T) { protocol.ExpireOnAFullDisk(t, serveOn) }
 
 // jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
@@ -2476,30 +2123,7 @@ func TestTakeIsDropped(t *testing.T) {
 }
 
 func TestTakeOfClientsThatGo(t *testing.T) { protocol.TakeOfClientsThatGo(t, serveEmpty) }
-
-// Ensure that a Take that the server runs only after its time is over still looks for a value, but
-// takes none for a client that has gone.
-func TestTakeThatComesLate(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = lazyStore{kvstore.NewMemory(), func() time.Duration { return 3 * time.Second }}
-		a, b, c, d, e := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
-		d.Ask("Put:k:1\nPut:k:2\nPing", ":PONG")
-		e.Ask("Ack", ":OK 0")
-		c.Post("Update:x:a:b\nPing\n")
-		b.Post("Take:k:600\n")
-		a.Send("Take:k:1\n")
-		e.Send("Take:none:1\n")
-		e.Conn.CloseWrite()
-		pass(time.Second)
-		b.BreakOff()
-		a.Want("k:1")
-		e.Want(":OK 0")
-		e.WantClosed()
-		d.Ask("Get:k\nPing", "k:2", ":PONG")
-		c.Want(":PONG")
-		b.Close()
-	})
-}
+func TestTakeThatComesLate(t *testing.T)   { protocol.TakeThatComesLate(t, serveOn) }
 
 // Ensure that requests that a client sends while its Take waits are run after it, in order and
 // whatever their size, and that a line that is begun meanwhile may be ended later.
@@ -2526,29 +2150,7 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 
 func TestTakeBeforeASlowLine(t *testing.T) { protocol.TakeBeforeASlowLine(t, serveEmpty) }
 func TestTakeOfALateReader(t *testing.T)   { protocol.TakeOfALateReader(t, serveEmpty) }
-
-// Ensure that a write without room on the disk is told why, the files or the room, and wakes no Take;
-// and that a Take that has waited asks for room, because on a full disk a request that frees needs some.
-func TestTakeOnAFullDisk(t *testing.T) {
-	for why, refusal := range map[error]string{
-		syscall.ENOSPC:     "the disk is full",
-		durable.ErrSpoiled: "the data cannot be saved",
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			db := &roomless{Memory: kvstore.NewMemory(), why: why}
-			n.server.db = db
-			a, b := n.DialAck(t), n.Dial(t)
-			a.Post("Take:k:60\n")
-			db.full.Store(true)
-			b.Ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
-			db.full.Store(false)
-			before := db.frees.Load()
-			b.Ask("Put:k:w\nPing", ":PONG")
-			a.Want("k:w", ":OK 1")
-			equal(t, "how often the Take asks for room", db.frees.Load()-before, 1)
-		})
-	}
-}
+func TestTakeOnAFullDisk(t *testing.T)     { protocol.TakeOnAFullDisk(t, serveOn) }
 
 // Ensure that the Take of a client on a real connection leaves the line when the connection breaks,
 // and on a unix socket when it is closed, even after the client's own half-close.
@@ -3142,7 +2744,7 @@ func TestMemoryLimitOfMuteLines(t *testing.T) {
 func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 	for _, line := range []string{"Set:k:", "Remove:k:"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			store := gatedStore{kvstore.NewMemory(), make(chan error)}
+			store := protocol.GatedStore{Memory: kvstore.NewMemory(), Gate: make(chan error)}
 			n.server.db, n.server.maxLine = kvstore.StoreOf(store), 1<<20
 			n.server.budget.limitTo(16<<20, 0)
 			clients := n.DialMany(t, 150, func(int, *protocol.Client) {})
@@ -3152,7 +2754,7 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 			}
 			pass(lineTime / 2)
 			n.wantLinesBounded(t, len(clients))
-			close(store.gate)
+			close(store.Gate)
 			closeClients(clients)
 		})
 	}
@@ -3434,21 +3036,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 	})
 }
 
-// Ensure that a client between two requests keeps nothing of the last one alive.
-func TestMemoryOfALastRequest(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := &plainStore{KVStore: kvstore.NewMemory()}
-		store.Put("k", "v")
-		n.server.db = kvstore.StoreOf(store)
-		a := n.Dial(t)
-		a.Ask("Get:k", "k:v")
-		synctest.Wait()
-		list := weak.Make(&store.last[0])
-		store.last = nil
-		runtime.GC()
-		equal(t, "the list of the last Get in memory", list.Value(), nil)
-	})
-}
+func TestMemoryOfALastRequest(t *testing.T) { protocol.MemoryOfALastRequest(t, serveOn) }
 
 // Ensure that clients that were busy, and are quiet now, give back their memory.
 func TestMemoryOfQuietClients(t *testing.T) {
@@ -3720,7 +3308,7 @@ func checkMetrics(t *testing.T, body string) {
 // nothing behind.
 func TestWatchAStalledStore(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		store := gatedStore{kvstore.NewMemory(), make(chan error)}
+		store := protocol.GatedStore{Memory: kvstore.NewMemory(), Gate: make(chan error)}
 		n.server.db = kvstore.StoreOf(store)
 		handler := n.server.watchHandler("")
 		a := n.Dial(t)
@@ -3728,7 +3316,7 @@ func TestWatchAStalledStore(t *testing.T) {
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
 		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
 		within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
-		close(store.gate)
+		close(store.Gate)
 	})
 	wantPage(t, New(kvstore.NewMemory()).watchHandler(""), "/healthz", 503) // before Start
 }
@@ -4842,6 +4430,15 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 // serveEmpty starts an empty server for a test of package protocol.
 func serveEmpty(t *testing.T) *protocol.Net {
 	n := newFakeNet()
+	t.Cleanup(n.server.Close)
+	return n.Net
+}
+
+// serveOn starts a server on a store for a test of package protocol.
+func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {
+	n := newFakeNet()
+	n.server.db = db
+	n.start(t)
 	t.Cleanup(n.server.Close)
 	return n.Net
 }

@@ -1,6 +1,6 @@
 // Package protocol has the conversations that anybody may have with a server of lists: what is sent,
 // and what must come back, to the last byte. It needs nothing of the server but a way to connect, or
-// the command that starts it.
+// to start it on a store, or the command that starts it.
 //
 //	client.go         a client that knows what to expect
 //	conversations.go  every request, every mistake and its hint, ends of lines, other protocols
@@ -8,6 +8,8 @@
 //	lines.go          lines in pieces, long lines and slow ones, and lines before a half-close
 //	lists.go          keys that expire, Takes that wait, a Dump beside writers
 //	readers.go        clients that do not read, and those that read steadily
+//	stores.go         stores that are slow, full or plain, and what a server makes of them
+//	commits.go        what waits for a Commit, and what shares one
 //	readme.go         the sessions that the README shows
 //	process.go        a server that is a process
 //	killed.go         one that is killed again and again
@@ -39,6 +41,9 @@ const (
 
 	// A server looks this often for lines that are late, and for clients that wait and have gone.
 	lookTime = time.Second
+
+	// Keys whose time is over are removed this often.
+	expireTime = 50 * time.Millisecond
 )
 
 // Start starts an empty server on a network, in the bubble of a test. The test's end ends it. What

@@ -1,0 +1,169 @@
+package protocol
+
+import (
+	"errors"
+	"math"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
+)
+
+// CommitBeforeGets ensures that a Get that sees another client's Put is not answered before the Put
+// is committed.
+func CommitBeforeGets(t *testing.T, start StartOn) {
+	for _, failure := range []error{nil, errors.New("disk on fire")} {
+		synctest.Test(t, func(t *testing.T) {
+			store := GatedStore{kvstore.NewMemory(), make(chan error, 3)}
+			n := start.on(t, kvstore.StoreOf(store))
+			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
+			for _, x := range []*Client{a, b, c} {
+				store.Gate <- nil
+				x.Ask("Ping", ":PONG")
+			}
+			c.Post("Ping\n") // workLoop waits, and the next two are committed together
+			a.Post("Put:k:v\n")
+			b.Post("Get:k\n")
+			store.Gate <- nil
+			c.Want(":PONG")
+			b.WantNothing()
+			c.Post("Keys\n") // it is not run if that Commit fails
+			store.Gate <- failure
+			if failure == nil {
+				b.Want("k:v")
+			}
+			for range cap(store.Gate) {
+				store.Gate <- nil
+			}
+			if failure == nil {
+				c.Want(": k", ":OK 1")
+			}
+		})
+	}
+}
+
+// CommitGathers ensures that clients that come back soon share a slow Commit, whenever they came
+// first, and that no batch waits for long for clients that have left, come later, only read, or
+// wait for a value.
+func CommitGathers(t *testing.T, start StartOn) { // number of Commits in a second
+	const takes, second = 10 * time.Millisecond, 100 // Commits
+	type gathers func(t *testing.T, n *Net, store *SlowStore)
+	beside := func(most int64, others func(t *testing.T, n *Net, ended <-chan struct{})) gathers {
+		return func(t *testing.T, n *Net, store *SlowStore) {
+			ended := make(chan struct{})
+			var all sync.WaitGroup
+			all.Go(func() { others(t, n, ended) })
+			n.repeat(t, 10, takes/10, takes/10, second)
+			got := store.Commits.Load()
+			close(ended)
+			all.Wait()
+			is.Between(t, "Commits for 100 rounds of all who come each time", got, 0, most)
+		}
+	}
+	for what, test := range map[string]gathers{
+		"halves": func(t *testing.T, n *Net, store *SlowStore) {
+			n.repeat(t, 10, takes/2, time.Millisecond, 20)
+			is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 30)
+		},
+		"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
+			clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
+			for range 5 { // all come each time
+				for _, c := range clients {
+					c.Send("Put:k:v\n")
+				}
+				for _, c := range clients {
+					c.Want(":OK 1")
+				}
+			}
+			for _, c := range clients {
+				c.HangUp()
+			}
+			alone := n.Dial(t)
+			for range 3 {
+				began := time.Now()
+				alone.Ask("Put:k:v\nPing", ":PONG")
+				is.Between(t, "the wait of a client that is alone", time.Since(began), 0, takes)
+			}
+		},
+		"late": func(t *testing.T, n *Net, store *SlowStore) {
+			began := time.Now()
+			n.repeat(t, 2, takes/70, takes*7/10, second)
+			is.Between(t, "Commits of clients that come late", store.Commits.Load(),
+				int64(time.Since(began)/takes)*95/100, math.MaxInt64)
+		},
+		"one that reads in between": beside(second*3/2, func(t *testing.T, n *Net, ended <-chan struct{}) {
+			for both := n.DialAck(t); ; {
+				select {
+				case <-ended:
+					return
+				default:
+				}
+				both.Ask("Get:none", ":OK 0")
+				both.Ask("Put:k:v", ":OK 1")
+			}
+		}),
+		"some that come seldom": beside(140, func(t *testing.T, n *Net, _ <-chan struct{}) {
+			n.repeat(t, 8, 9*takes/8, 9*takes, second/5)
+		}),
+		"one that pauses": beside(127, func(t *testing.T, n *Net, _ <-chan struct{}) {
+			c := n.DialAck(t)
+			for i := range second / 2 { // it comes for a while, pauses, and comes again
+				c.Ask("Put:k:v", ":OK 1")
+				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
+			}
+		}),
+		"readers": func(t *testing.T, n *Net, store *SlowStore) {
+			reader, gets := n.DialAck(t), 0
+			go n.repeat(t, 1, 0, takes*4/10, second)
+			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
+				reader.Ask("Get:none", ":OK 0")
+				<-time.After(takes / 200)
+			}
+			is.Between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
+			world.Pass(time.Second)
+		},
+		"Takes": func(t *testing.T, n *Net, store *SlowStore) {
+			for range 2 {
+				worker := n.DialAck(t)
+				go func() {
+					for worker.Send("Take:k:2\n"); len(worker.ReadList()) > 0; {
+						worker.Send("Take:k:2\n")
+					}
+				}()
+			}
+			began := time.Now()
+			n.repeat(t, 1, 0, takes/100, second)
+			is.Between(t, "time of 100 values for two workers", time.Since(began), 0, second*(takes+takes/50))
+			world.Pass(3 * time.Second)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &SlowStore{Memory: kvstore.NewMemory(), Takes: takes}
+				test(t, start.on(t, store), store)
+			})
+		})
+	}
+}
+
+// repeat has clients Put so many rounds, and think between two Puts. Each client begins so long
+// after the one before it.
+func (n *Net) repeat(t *testing.T, clients int, after, thinks time.Duration, rounds int) {
+	var all sync.WaitGroup
+	for i := range clients {
+		c := n.DialAck(t)
+		all.Go(func() {
+			<-time.After(after * time.Duration(i))
+			for range rounds {
+				c.Ask("Put:k:v", ":OK 1")
+				<-time.After(thinks)
+			}
+			c.HangUp()
+		})
+	}
+	all.Wait()
+}
