@@ -172,7 +172,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 			saidDefaults--
 		}
 	}
-	equal(t, "said defaults that there are not", saidDefaults, 0)
+	is.Equal(t, "said defaults that there are not", saidDefaults, 0)
 }
 
 // row returns the beginning of a flag's row in the README.
@@ -214,7 +214,7 @@ func explained(name string) string { return explain(name, new(config).flags().Lo
 func storeIn(t *testing.T, dir storage.Directory, status *storage.Status) *durable.Store {
 	t.Helper()
 	store, err := durable.Open(t.Context(), dir, durable.Options{Status: status})
-	must(t, err)
+	is.OK(t, err)
 	return store
 }
 
@@ -226,7 +226,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	store := command.OpenStore(t, dir)
 	for range 3 {
 		store.Put("k", "v")
-		must(t, store.Commit())
+		is.OK(t, store.Commit())
 	}
 	store.Close()
 	if err := run([]string{"repair", dir, filepath.Join(path, "whole")}, io.Discard); err != nil {
@@ -334,7 +334,7 @@ func TestFlagSizes(t *testing.T) {
 		if err != nil {
 			n = -1
 		}
-		equal(t, text, n, want)
+		is.Equal(t, text, n, want)
 	}
 }
 
@@ -395,7 +395,7 @@ func TestPromisesHaveTests(t *testing.T) {
 	}
 	for _, file := range files {
 		b, err := os.ReadFile(file)
-		must(t, err)
+		is.OK(t, err)
 		code = append(code, b...)
 	}
 	page, _, _ := strings.Cut(string(code), "\npackage main")
@@ -463,7 +463,7 @@ func TestLogNeverBlocks(t *testing.T) {
 			for i := range logLines + 100 { // one line is being written
 				log.Info("a line", "number", i)
 			}
-			within(t, flushTime, flushTime, log.flush) // for somebody who does not read
+			is.Within(t, flushTime, flushTime, log.flush) // for somebody who does not read
 			var text strings.Builder
 			done := make(chan struct{})
 			go func() {
@@ -501,7 +501,7 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		n.Dial(t).Close()
 		a := n.Dial(t)
 		a.Send("Get:big\nGet:big\n")
-		pass(2 * slowAfter)
+		world.Pass(2 * slowAfter)
 		a.Close()
 		synctest.Wait()
 		b := n.Dial(t)
@@ -536,23 +536,23 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		}
 		db := storeIn(t, dir, nil)
 		db.Put("k", "v")
-		must(t, db.Commit())
-		must(t, dir.Remove("seg-1.log"))
+		is.OK(t, db.Commit())
+		is.OK(t, dir.Remove("seg-1.log"))
 		hardlyCame.Store(true)
-		pass(2 * time.Second) // until the store looks at its files
+		world.Pass(2 * time.Second) // until the store looks at its files
 		go db.Commit()
 
 		var text screen
 		log := newLog(&text, false, false)
 		go giveUp(log, db, ended) // which would end this process
-		pass(2 * stopTime)
+		world.Pass(2 * stopTime)
 		close(ended)
 		close(goOn)
-		pass(tickTime)
+		world.Pass(tickTime)
 		log.flush()
 		close(log.lines)
 		is.In(t, "the log", text.take(), "waits until all data is written again")
-		must(t, db.Close())
+		is.OK(t, db.Close())
 	})
 }
 
@@ -579,7 +579,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		var log screen
 		again := make(chan os.Signal)
 		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
-		must(t, err)
+		is.OK(t, err)
 		shown := func() string {
 			now, _ := served.GetConfigForClient(nil)
 			return string(now.Certificates[0].Leaf.Raw)
@@ -603,33 +603,33 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 		wantLog := func(d time.Duration, times map[string]int) {
 			t.Helper()
-			pass(d)
+			world.Pass(d)
 			told := log.take()
 			for text, want := range times {
-				equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
+				is.Equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
 			}
 		}
 		const look = lookAgain + time.Second
 		bad := map[string]int{"cannot read the certificates again": 1}
 
-		pass(look)
+		world.Pass(look)
 		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
 		wantLog(2*look, bad)
-		equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
+		is.Equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
 		put("server.key", read("server.key"))
 		wantLog(look, map[string]int{"ends soon": 1}) // of the new one
 		second := shown()
-		equal(t, "it shows a new pair", second != first, true)
+		is.Equal(t, "it shows a new pair", second != first, true)
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
 		put("server.key", old)
 		for range 2 {
 			again <- syscall.SIGHUP
 			wantLog(0, bad)
 		}
-		equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
+		is.Equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
 		put("server.key", read("server.key"))
-		pass(look)
+		world.Pass(look)
 		log.take()
 		oldCA, _ := os.ReadFile(filepath.Join(dir, "ca.pem"))
 		put("ca.pem", read("ca.pem"))
@@ -645,14 +645,14 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			put("server.pem", read("server.pem")[1:])
 			put("ca.pem", oldCA)
 			wantLog(look, map[string]int{"cannot read": 0, "ends soon": 1})
-			equal(t, "beside a pipe it shows the old pair", shown() == second, true)
+			is.Equal(t, "beside a pipe it shows the old pair", shown() == second, true)
 		} else {
 			t.Logf("without mkfifo there is no pipe to try: %v", err)
 		}
 
 		// The certificate in use is valid for an hour, whatever happens to its file.
 		os.Remove(filepath.Join(dir, "server.pem"))
-		pass(look)
+		world.Pass(look)
 		log.take()
 		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within ten seconds": 1})
 		wantLog(warnAgain, map[string]int{"has ended": 1, "ends soon": 0})
@@ -671,7 +671,7 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 			if closing {
 				want = 0
 			}
-			within(t, want, want, func() {
+			is.Within(t, want, want, func() {
 				if closing {
 					n.server.Close()
 				}
@@ -695,7 +695,7 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 			}
 		}
 		flood()
-		pass(seldomTime)
+		world.Pass(seldomTime)
 		flood()
 		synctest.Wait()
 		lines := regexp.MustCompile(
@@ -723,11 +723,11 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 				<-time.After(interval)
 			}
 		})
-		pass(2 * handshakeTime)
+		world.Pass(2 * handshakeTime)
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			a := n.Dial(t)
 			a.Conn = &farConn{a.Conn, trip} // one trip for a hello, a handshake and a request
-			within(t, 0, 5*trip, func() { a.OverTLS().Ask("Ping", ":PONG") })
+			is.Within(t, 0, 5*trip, func() { a.OverTLS().Ask("Ping", ":PONG") })
 			a.Close()
 			synctest.Wait()
 		}
@@ -854,7 +854,7 @@ func TestCommandHearsTheServer(t *testing.T) {
 				t.Errorf("after %q: %v, and it says %q", c.answers, err, &errs)
 			}
 			ours.Close()
-			pass(2)
+			world.Pass(2)
 		})
 	}
 }
@@ -914,7 +914,7 @@ func TestCommandLosesItsServer(t *testing.T) {
 			ours.Close()
 			end.Close()
 			in.Close()
-			pass(2)
+			world.Pass(2)
 		})
 	}
 }
@@ -1010,7 +1010,7 @@ func TestCommandSendsLongLines(t *testing.T) {
 		}
 		io.WriteString(theirs, ":OK 1\n")
 		theirs.Close()
-		equal(t, "answered lines", <-answered, 1)
+		is.Equal(t, "answered lines", <-answered, 1)
 		ours.Close()
 	})
 }
@@ -1276,31 +1276,31 @@ func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 // Ensure that Start serves its port, and returns an error if it cannot.
 func TestStart(t *testing.T) {
 	first := New(kvstore.NewMemory())
-	must(t, first.Start(0))
+	is.OK(t, first.Start(0))
 	defer first.Close()
 	port := first.listener.Addr().(*net.TCPAddr).Port
 	a := protocol.DialTCP(t, first.listener.Addr().String())
 	a.Ask("Ping", ":PONG")
 	a.HangUp()
 	second := New(kvstore.NewMemory())
-	equal(t, "a taken port", errors.Is(second.Start(port), syscall.EADDRINUSE), true)
-	must(t, second.Start(0)) // a free port after a taken one
+	is.Equal(t, "a taken port", errors.Is(second.Start(port), syscall.EADDRINUSE), true)
+	is.OK(t, second.Start(0)) // a free port after a taken one
 	second.Close()
-	equal(t, "second Start", first.Start(0), errStarted)
+	is.Equal(t, "second Start", first.Start(0), errStarted)
 }
 
 // Ensure that every call may come twice, early, late and concurrently.
 func TestStartAndCloseInAnyOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		s := New(kvstore.NewMemory())
-		equal(t, "counts before Start", s.CountActive()+s.CountDropped(), 0)
+		is.Equal(t, "counts before Start", s.CountActive()+s.CountDropped(), 0)
 		s.Close()
 		s.Close()
-		equal(t, "Start after Close", s.Start(0), errClosed)
-		equal(t, "counts after Close", s.CountActive()+s.CountDropped(), 0)
+		is.Equal(t, "Start after Close", s.Start(0), errClosed)
+		is.Equal(t, "counts after Close", s.CountActive()+s.CountDropped(), 0)
 
 		a := n.Dial(t)
-		equal(t, "second start", n.server.serve(newFakeNet()), errStarted)
+		is.Equal(t, "second start", n.server.serve(newFakeNet()), errStarted)
 		a.Send("Get:k\n")
 		var wg sync.WaitGroup
 		for range 10 {
@@ -1309,13 +1309,13 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 			wg.Go(func() { n.server.CountDropped() })
 		}
 		wg.Wait()
-		equal(t, "clients after Close", n.server.CountActive(), 0)
-		equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
+		is.Equal(t, "clients after Close", n.server.CountActive(), 0)
+		is.Equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
 		a.Close() // its Get may have come too late, so the server may have reset the connection
 
 		none := New(nil)
-		equal(t, "Start without a store", none.Start(0), errNoStore)
-		equal(t, "counts without a store", none.CountActive()+none.CountDropped(), 0)
+		is.Equal(t, "Start without a store", none.Start(0), errNoStore)
+		is.Equal(t, "counts without a store", none.CountActive()+none.CountDropped(), 0)
 		none.Close()
 	})
 }
@@ -1326,15 +1326,15 @@ func TestStartOnSeveralListeners(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		other, failing := newFakeNet(), newFakeNet()
 		other.server, failing.Failures = n.server, 1<<30
-		must(t, n.server.serve(n, other, failing))
+		is.OK(t, n.server.serve(n, other, failing))
 		a, b := n.Dial(t), other.Dial(t)
 		a.Ask("Put:k:v\nPing", ":PONG")
 		b.Ask("Get:k", "k:v")
-		equal(t, "clients", n.server.CountActive(), 2)
+		is.Equal(t, "clients", n.server.CountActive(), 2)
 		n.server.Close()
 		protocol.WantAllClosed(a, b)
 		for _, l := range []*fakeNet{n, other, failing} {
-			equal(t, "the listener is closed", isClosed(l.Closed()), true)
+			is.Equal(t, "the listener is closed", isClosed(l.Closed()), true)
 		}
 		closeClients([]*protocol.Client{a, b})
 	})
@@ -1349,10 +1349,10 @@ func TestCounts(t *testing.T) {
 			var wg sync.WaitGroup
 			for range 10 { // concurrently, so that no answer goes to another's call
 				wg.Go(func() {
-					equal(t, "CountActive", n.server.CountActive(), active)
+					is.Equal(t, "CountActive", n.server.CountActive(), active)
 				})
 				wg.Go(func() {
-					equal(t, "CountDropped", n.server.CountDropped(), dropped)
+					is.Equal(t, "CountDropped", n.server.CountDropped(), dropped)
 				})
 			}
 			wg.Wait()
@@ -1419,7 +1419,7 @@ func TestCloseInEveryState(t *testing.T) {
 					b, a := n.Dial(t), n.Dial(t)
 					s.begin(a)
 					if after > 0 {
-						pass(after)
+						world.Pass(after)
 					}
 
 					// A client that has just spoken may get up to a second to send more.
@@ -1427,10 +1427,10 @@ func TestCloseInEveryState(t *testing.T) {
 					if after < quietAfter {
 						most = max(most, drainTime)
 					}
-					within(t, 0, most+busyTime, n.server.Close)
+					is.Within(t, 0, most+busyTime, n.server.Close)
 					b.WantClosed()
 					a.Close()
-					pass(busyTime) // for those who still send to notice
+					world.Pass(busyTime) // for those who still send to notice
 				})
 			})
 		}
@@ -1544,7 +1544,7 @@ func TestCloseMeetsADeadline(t *testing.T) {
 			})
 		}
 		a := n.Dial(t)
-		within(t, 0, 2*busyTime, func() {
+		is.Within(t, 0, 2*busyTime, func() {
 			a.Send(strings.Repeat("Put:k:v\n", 1000))
 			a.WantClosed()
 		})
@@ -1565,7 +1565,7 @@ func TestCloseWithTLS(t *testing.T) {
 			a.Post(request)
 			silent := n.Dial(t)
 			synctest.Wait()
-			within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
+			is.Within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
 			a.Close()
 			silent.Close()
 		})
@@ -1581,7 +1581,7 @@ func TestCloseWithTLS(t *testing.T) {
 		a.Ask("Ping", ":PONG")
 		deaf.on.Store(true)
 		go a.Send("Quit\n")
-		within(t, closeTime, closeTime, func() { <-deaf.closed })
+		is.Within(t, closeTime, closeTime, func() { <-deaf.closed })
 		a.Close()
 	})
 }
@@ -1615,7 +1615,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		b.Send("Ack\nTake:k:60\n")
 		b.Conn.CloseWrite()
 		c.Post("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
-		within(t, 0, drainTime, n.server.Close)
+		is.Within(t, 0, drainTime, n.server.Close)
 		a.WantRest(":OK 0\n")
 		b.WantRest(":OK 0\n:OK 0\n")
 		c.WantRest(":OK 0\n:OK 0\n:OK 1\n:PONG\n")
@@ -1645,7 +1645,7 @@ func TestCloseDuringDump(t *testing.T) {
 		a.Send("Dump\n")
 		synctest.Wait() // until its queue is full
 		go n.server.Close()
-		between(t, "pairs that came", strings.Count(a.ReadAll(), ": Put:"), 1, pairs-1)
+		is.Between(t, "pairs that came", strings.Count(a.ReadAll(), ": Put:"), 1, pairs-1)
 	})
 }
 
@@ -1671,18 +1671,18 @@ func TestAcceptBacksOff(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Failures = 12
 		const want = 1275*time.Millisecond + 4*time.Second // 5, 10, 20 ... 640 ms, then 1 s four times
-		within(t, want, want, func() { n.Dial(t).Ask("Ping", ":PONG") })
+		is.Within(t, want, want, func() { n.Dial(t).Ask("Ping", ":PONG") })
 		n.server.Close()
 		log := n.log.take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
-			equal(t, line+", in the log", strings.Count(log, line), 1)
+			is.Equal(t, line+", in the log", strings.Count(log, line), 1)
 		}
 	})
 	inBubble(t, func(t *testing.T, n *fakeNet) { // Close does not wait for the next attempt
 		n.Failures = 1 << 30
 		n.server.serve(n)
-		pass(time.Minute)
-		within(t, 0, 0, n.server.Close)
+		world.Pass(time.Minute)
+		is.Within(t, 0, 0, n.server.Close)
 	})
 }
 
@@ -1698,21 +1698,21 @@ func TestMaxClients(t *testing.T) {
 			c.WantClosed()
 			c.Close()
 		}
-		equal(t, "clients", n.server.CountActive(), 2)
+		is.Equal(t, "clients", n.server.CountActive(), 2)
 		a.Ask("Ping", ":PONG")
 		b.HangUp()
 		synctest.Wait()
 		c := n.Dial(t)
 		c.Ask("Ping", ":PONG")
-		pass(time.Minute)
+		world.Pass(time.Minute)
 		for range maxRejecting { // none of them reads or closes
 			defer n.Dial(t).Close()
 		}
 		d := n.Dial(t)
 		d.Want(":ERROR line 0: server is full (2 clients)")
 		d.WantClosed()
-		within(t, 0, drainTime, n.server.Close)
-		equal(t, "full at the beginning and end of a minute, lines of log",
+		is.Within(t, 0, drainTime, n.server.Close)
+		is.Equal(t, "full at the beginning and end of a minute, lines of log",
 			strings.Count(n.log.take(), "turning clients away"), 2)
 	})
 }
@@ -1737,7 +1737,7 @@ func TestMaxClientsAreFewerThanFiles(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.tls = new(tls.Config)
 	applyLimits(s, config{maxClients: math.MaxInt, http: "x"})
-	equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
+	is.Equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
 }
 
 // Ensure that a server that is full counts as healthy.
@@ -1786,8 +1786,8 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 		others := n.DialMany(t, 5, func(_ int, o *protocol.Client) {
 			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
 		})
-		pass(10 * takes)
-		within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
+		world.Pass(10 * takes)
+		is.Within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
 		for _, o := range others {
 			o.Want(":PONG")
 		}
@@ -1838,17 +1838,17 @@ func TestTurns(t *testing.T) {
 		}
 		takes = 2 * time.Millisecond
 		first, _ := turn()
-		between(t, "the first long Updates", first, 0, maxStride/searchCost)
+		is.Between(t, "the first long Updates", first, 0, maxStride/searchCost)
 		later, _ := turn()
-		between(t, "long Updates", later, 0, 1)
+		is.Between(t, "long Updates", later, 0, 1)
 		takes = time.Microsecond
 		turn()
 		_, took := turn()
-		between(t, "a round of short Updates after long ones", took, maxRound, maxRound+maxStride*takes)
+		is.Between(t, "a round of short Updates after long ones", took, maxRound, maxRound+maxStride*takes)
 		takes = 2 * time.Millisecond
 		turn()
 		again, _ := turn()
-		between(t, "long Updates after short ones", again, 0, 1)
+		is.Between(t, "long Updates after short ones", again, 0, 1)
 	})
 }
 
@@ -1866,14 +1866,14 @@ func TestStoreMissesItsFiles(t *testing.T) {
 		n.server.db = db
 		a := n.Dial(t)
 		a.Ask("Put:k:v\nPing", ":PONG")
-		must(t, dir.Remove("seg-1.log"))
-		pass(3 * fileCheckTime)
+		is.OK(t, dir.Remove("seg-1.log"))
+		world.Pass(3 * fileCheckTime)
 		killed := storeIn(t, dir.Kill(), nil)
-		equal(t, "values of k after kill -9", killed.Count("k"), 1)
+		is.Equal(t, "values of k after kill -9", killed.Count("k"), 1)
 		killed.Close()
 		a.HangUp()
 		n.server.Close()
-		must(t, db.Close())
+		is.OK(t, db.Close())
 	})
 }
 
@@ -1893,12 +1893,12 @@ func TestCommitBeforeReplies(t *testing.T) {
 		store.Fail = errors.New("disk on fire")
 		a.Post("Put:k:w\nPut:job:v\n") // which the Take gets
 		protocol.WantAllClosed(a, b, c, taker, waiter)
-		equal(t, "Failed", <-n.server.Failed(), store.Fail)
+		is.Equal(t, "Failed", <-n.server.Failed(), store.Fail)
 		commits := store.Commits
 		n.Dial(t).WantClosed()
 		n.server.Close()
-		equal(t, "Commits after one that failed", store.Commits, commits)
-		equal(t, "clients that left because the store failed, in the log",
+		is.Equal(t, "Commits after one that failed", store.Commits, commits)
+		is.Equal(t, "clients that left because the store failed, in the log",
 			strings.Count(log.String(), `reason="the store failed"`), 3)
 	})
 }
@@ -1911,7 +1911,7 @@ func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
 func TestCommitGathersNobodyAtFirst(t *testing.T) {
 	g, sh := New(kvstore.NewMemory()).gathering, share{}
 	g.came(&sh)
-	equal(t, "clients that are steady", g.steady, 0)
+	is.Equal(t, "clients that are steady", g.steady, 0)
 }
 
 // Ensure that a look at the files does not end a batch that waits for clients.
@@ -1943,11 +1943,11 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		by := jump(n)
 		a := n.Dial(t)
 		a.Ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
-		pass(600 * time.Millisecond)
+		world.Pass(600 * time.Millisecond)
 		a.Ask("Expire:k", ": 3600", ":OK 1") // rounded up
 		by(-time.Hour)
 		a.Ask("Expire:k", ": 7200", ":OK 1")
-		pass(time.Hour + time.Minute)
+		world.Pass(time.Hour + time.Minute)
 		a.Ask("Expire:k", ": 3540", ":OK 1")
 		by(time.Hour)
 		a.Ask("Get:k\nExpire:k", ":OK 0")
@@ -1955,7 +1955,7 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		by(-2 * time.Hour)
 		a.Ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
 		by(4 * time.Hour)
-		pass(2 * expireTime)
+		world.Pass(2 * expireTime)
 		a.Ask("Keys", ":OK 0")
 	})
 }
@@ -1980,8 +1980,8 @@ func TestExpireBeforeTheStart(t *testing.T) {
 			}
 			a.HangUp()
 			n.server.Close()
-			must(t, db.Close())
-			pass(time.Minute)
+			is.OK(t, db.Close())
+			world.Pass(time.Minute)
 		}
 		if report, err := durable.Check(dir); err != nil ||
 			!strings.Contains(strings.Join(report.Lines, "\n"), "1 key") {
@@ -2007,11 +2007,11 @@ func TestExpireInTheMillisecond(t *testing.T) {
 		for range list.snapshot.All() {
 			listed++
 		}
-		equal(t, fmt.Sprint("keys in a list ", after, " after its end"), listed, want)
+		is.Equal(t, fmt.Sprint("keys in a list ", after, " after its end"), listed, want)
 
 		q := &Query{queryType: get, key: "k"}
 		s.run(q)
-		equal(t, fmt.Sprint("values ", after, " after its end"), q.n, want)
+		is.Equal(t, fmt.Sprint("values ", after, " after its end"), q.n, want)
 	}
 }
 
@@ -2028,7 +2028,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 		}
 		db.Put("stays", "v")
 		a := n.Dial(t)
-		pass(time.Second - time.Millisecond)
+		world.Pass(time.Second - time.Millisecond)
 		a.Ask("Count:k1", ":OK 1")
 		a.WantStat("expiring_keys", many)
 		<-time.After(time.Millisecond)
@@ -2044,7 +2044,7 @@ func TestExpireManyAtOnce(t *testing.T) {
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
 			}
 		}
-		between(t, "turns in which the keys went", turns, 10, math.MaxInt)
+		is.Between(t, "turns in which the keys went", turns, 10, math.MaxInt)
 	})
 }
 
@@ -2082,15 +2082,15 @@ func TestTakeWaitsItsTime(t *testing.T) {
 		a.Ask("Ack", ":OK 0")
 		for _, seconds := range []int{1, 30, 3600} {
 			a.Send("Pu")
-			pass(300 * time.Millisecond)
+			world.Pass(300 * time.Millisecond)
 			start := time.Now()
 			a.Send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
 			a.Want(":OK 1", "j:1", ":OK 1")
 			synctest.Wait()
 			b.Ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
-			equal(t, "the wait of others", time.Since(start), 0)
+			is.Equal(t, "the wait of others", time.Since(start), 0)
 			a.Want(":OK 0")
-			equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
+			is.Equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
 			a.Ask("Delete:j", ":OK 1")
 			b.Ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
 		}
@@ -2114,7 +2114,7 @@ func TestTakeIsDropped(t *testing.T) {
 			c.takeUntil = time.Now().Add(time.Hour)
 			end(c)
 			go func() {
-				equal(t, what+": type of the query that workLoop is sent", (<-c.server.queries).queryType, dropTake)
+				is.Equal(t, what+": type of the query that workLoop is sent", (<-c.server.queries).queryType, dropTake)
 				c.done <- &Query{}
 			}()
 			c.awaitDone()
@@ -2136,11 +2136,11 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 		c.Send("Take:m:600\nPut:m:be")
 		long := strings.Repeat("x", 200*kilo)
 		go a.Send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
-		pass(lineTime + 5*time.Second)
+		world.Pass(lineTime + 5*time.Second)
 		b.Ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
 		b.Send("Put:k:v\n")
 		a.Want("k:v", "l:a", "l:"+long, "l:b")
-		pass(lineTime - 5*time.Second)
+		world.Pass(lineTime - 5*time.Second)
 		a.Ask("gun\nTake:l\nPing", "l:a", ":PONG")
 		b.Ask("Count:l\nPut:m:v", ":OK 3")
 		c.Want("m:v")
@@ -2158,10 +2158,10 @@ func TestTakeOnRealSockets(t *testing.T) {
 	t.Parallel()
 	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
 	unix, err := net.Listen("unix", path)
-	must(t, err)
+	is.OK(t, err)
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	must(t, s.serve(tcp, unix))
+	is.OK(t, err)
+	is.OK(t, s.serve(tcp, unix))
 	defer s.Close()
 
 	a := protocol.DialTCP(t, tcp.Addr().String())
@@ -2169,7 +2169,7 @@ func TestTakeOnRealSockets(t *testing.T) {
 	for _, half := range []bool{false, true} {
 		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
 			conn, err := net.Dial(addr.Network(), addr.String())
-			must(t, err)
+			is.OK(t, err)
 			io.WriteString(conn, "Take:k:60\n")
 			if half {
 				conn.(world.HalfConn).CloseWrite()
@@ -2203,7 +2203,7 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 				a.Send(fmt.Sprintf("Take:k%d:3600\n", i))
 			}()
 		}
-		between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
+		is.Between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
 		for i, a := range clients {
 			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
 			a.Close()
@@ -2259,7 +2259,7 @@ func TestMemoryLimit(t *testing.T) {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.HangUp()
-		equal(t, "lines of log that say so", strings.Count(n.log.take(), "the memory is full"), 1)
+		is.Equal(t, "lines of log that say so", strings.Count(n.log.take(), "the memory is full"), 1)
 	})
 }
 
@@ -2309,11 +2309,11 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	}
 	before := used()
 	s.budget.other.Store(10 * kilo)
-	equal(t, "bytes that are used", used(), before+10*kilo)
+	is.Equal(t, "bytes that are used", used(), before+10*kilo)
 	s.db.Put("k", strings.Repeat("v", 5*kilo)) // a slab for itself, and a page of their table
-	between(t, "bytes that are used with 5 kB more", used(), before+15*kilo, before+20*kilo)
+	is.Between(t, "bytes that are used with 5 kB more", used(), before+15*kilo, before+20*kilo)
 	s.budget.other.Store(0)
-	between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
+	is.Between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
 }
 
 // Ensure that there may be less garbage while replies pin values that were removed, because the two
@@ -2329,7 +2329,7 @@ func TestMemoryLimitLeavesLessGarbage(t *testing.T) {
 	without := p.percent
 	s.budget.pinned.Store(int64(len(pinned)))
 	p.choose()
-	between(t, "percent of garbage beside pinned values", p.percent, 1, without*3/4)
+	is.Between(t, "percent of garbage beside pinned values", p.percent, 1, without*3/4)
 	runtime.KeepAlive(pinned)
 }
 
@@ -2383,7 +2383,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				n.fill("small", strings.Repeat("v", kilo), 1)
 				mute, b := n.Dial(t), n.Dial(t)
 				go mute.Send(c.before)
-				pass(2 * seenSlow)
+				world.Pass(2 * seenSlow)
 				mute.Send(c.request)
 				synctest.Wait()
 				b.Send("Delete:big\n")
@@ -2398,13 +2398,13 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
 					b.Ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / tickTime {
-						if pass(tickTime); c.drips {
+						if world.Pass(tickTime); c.drips {
 							mute.Conn.Read(make([]byte, 5*kilo))
 						}
 					}
 				}
-				equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
-				equal(t, c.request+": it is cut off", b.Stat("clients") == 1, isNeeded && !c.isDropped)
+				is.Equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
+				is.Equal(t, c.request+": it is cut off", b.Stat("clients") == 1, isNeeded && !c.isDropped)
 				if c.isDropped && isNeeded {
 					mute.Count("small:")
 					mute.Ask("Ping", ":PONG dropped 2")
@@ -2425,15 +2425,15 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		mute, a := n.Dial(t), n.Dial(t)
 		mute.Send("Dump\n")
 		for range 3 {
-			pass(slowAfter)
-			equal(t, "clients while there is memory", a.Stat("clients"), 2)
+			world.Pass(slowAfter)
+			is.Equal(t, "clients while there is memory", a.Stat("clients"), 2)
 			used.collected(used.accounted() + used.forData() - used.store.Load())
 			a.Ask("Put:k:v\nPing", ":PONG")
 		}
 		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
 		a.Ask("Put:k:v\nPing", ":PONG")
-		pass(2 * slowAfter)
-		equal(t, "clients", a.Stat("clients"), 1)
+		world.Pass(2 * slowAfter)
+		is.Equal(t, "clients", a.Stat("clients"), 1)
 		mute.Close()
 	})
 }
@@ -2457,8 +2457,8 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 		b.pinned.Store(c.before)
 		b.collected(b.forData() / 8 * c.eighths)
 		b.pinned.Store(c.after)
-		equal(t, fmt.Sprint(c), b.needsPinned(), c.needsPinned)
-		equal(t, fmt.Sprint(c, ": the memory is full"), !b.fits(0, 0), c.isFull)
+		is.Equal(t, fmt.Sprint(c), b.needsPinned(), c.needsPinned)
+		is.Equal(t, fmt.Sprint(c, ": the memory is full"), !b.fits(0, 0), c.isFull)
 	}
 }
 
@@ -2469,7 +2469,7 @@ func TestMemoryIsGivenBack(t *testing.T) {
 		{60 << 20, 60 << 20}, {50 << 20, 60 << 20}} {
 		s.budget.store.Store(c.now)
 		s.freeMemory()
-		equal(t, "bytes since memory was given back", s.largest, c.largest)
+		is.Equal(t, "bytes since memory was given back", s.largest, c.largest)
 	}
 }
 
@@ -2481,7 +2481,7 @@ func TestMemoryLimitCountsTLS(t *testing.T) {
 		a.OverTLS()
 		a.Ask("Ping", ":PONG")
 		synctest.Wait()
-		equal(t, "bytes of one client", n.server.budget.store.Load()-n.server.db.Footprint(),
+		is.Equal(t, "bytes of one client", n.server.budget.store.Load()-n.server.db.Footprint(),
 			memoryPerClient+memoryOfTLS)
 		a.HangUp()
 	})
@@ -2495,7 +2495,7 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 	}
 	loaded := s.db.Footprint()
 	startTCP(t, s)
-	between(t, "bytes of data that the collector is told", s.budget.store.Load(), loaded, math.MaxInt64)
+	is.Between(t, "bytes of data that the collector is told", s.budget.store.Load(), loaded, math.MaxInt64)
 }
 
 // Ensure that unfinished lines keep to their share of the memory, whether they are many or long;
@@ -2527,13 +2527,13 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						}
 					}()
 				}
-				pass(quietAfter / 2)
+				world.Pass(quietAfter / 2)
 				most := share + kind.clients*freeInput + 1<<19 // one line has a slot
 				if held := heapBytes() - before; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
-				between(t, "bytes of lines that have begun", n.server.budget.inputs.Load(), 1, math.MaxInt64)
+				is.Between(t, "bytes of lines that have begun", n.server.budget.inputs.Load(), 1, math.MaxInt64)
 				a := n.DialAck(t)
 				a.Ask("Put:other:v", ":OK 1")
 				a.HangUp()
@@ -2557,7 +2557,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					}
 				}
 				synctest.Wait()
-				equal(t, "bytes that are counted when all have gone", n.server.budget.inputs.Load(), 0)
+				is.Equal(t, "bytes that are counted when all have gone", n.server.budget.inputs.Load(), 0)
 			})
 		}
 	}
@@ -2577,18 +2577,18 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			sent := []byte(line) // one for all
 			before := heapBytes()
 			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *protocol.Client) { go c.Conn.Write(sent) })
-			pass(slowAfter + lineTime)
+			world.Pass(slowAfter + lineTime)
 
 			b := &n.server.budget
-			between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.chains.Load()+b.inputs.Load(), 0, 3*share)
+			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.chains.Load()+b.inputs.Load(), 0, 3*share)
 			b.collected(int64(heapBytes() - before))
 			a := n.DialAck(t)
 			a.Ask("Put:other:v", ":OK 1")
 			a.HangUp()
 
 			closeClients(clients)
-			pass(2 * probeTime) // so that the server notices that waiting clients have gone
-			equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.chains.Load()+b.inputs.Load(), 0)
+			world.Pass(2 * probeTime) // so that the server notices that waiting clients have gone
+			is.Equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.chains.Load()+b.inputs.Load(), 0)
 		})
 	}
 }
@@ -2603,7 +2603,7 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 		n.server.budget.inputs.Store(n.server.budget.forInput())
 		a := n.DialAck(t)
 		a.Ask("Take:"+long+":60", long+":v", ":OK 1")
-		within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
+		is.Within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
 		n.server.budget.inputs.Add(-n.server.budget.forInput())
 	})
 }
@@ -2616,11 +2616,11 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 		long := strings.Repeat("k", 900*kilo)
 		a, b := n.Dial(t), n.Dial(t)
 		a.Send("Take:" + long + ":3600\n")
-		pass(2 * quietAfter)
+		world.Pass(2 * quietAfter)
 		b.Send("Put:" + long + ":v\n")
 		a.Want(long + ":v")
-		pass(3 * quietAfter)
-		equal(t, "bytes that are counted for a Take that has ended", n.server.budget.inputs.Load(), 0)
+		world.Pass(3 * quietAfter)
+		is.Equal(t, "bytes that are counted for a Take that has ended", n.server.budget.inputs.Load(), 0)
 	})
 }
 
@@ -2648,7 +2648,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("big", "v", kilo)
 			mute := n.DialMany(t, c.clients, func(_ int, m *protocol.Client) { go m.SendSome(c.others) })
 			another := n.Dial(t)
-			pass(quietAfter / 2)
+			world.Pass(quietAfter / 2)
 			go another.SendSome(c.another)
 			synctest.Wait()
 			n.server.budget.other.Store(1 << 40)
@@ -2657,7 +2657,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			if line := a.Read(); !strings.Contains(line, "memory is full") {
 				t.Errorf("the memory is not full: %q", line)
 			}
-			within(t, 0, c.most, func() {
+			is.Within(t, 0, c.most, func() {
 				a.Ask("Remove:k:"+long, ":OK 1")
 				a.Ask("delete:"+long, ":OK 1")
 				a.Ask("Remove:k:"+long, ":OK 1")
@@ -2686,8 +2686,8 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			b := &n.server.budget
 			b.limitTo(16<<20, 0)
 			clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(c.burst) })
-			pass(slowAfter / 2)
-			between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
+			world.Pass(slowAfter / 2)
+			is.Between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
 			for _, o := range clients {
 				for range strings.Count(c.burst, "Ping") {
 					o.Want(":PONG " + c.token)
@@ -2695,9 +2695,9 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			}
 			for range 3 { // a client that goes on asks for little
 				clients[0].Ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
-				pass(quietAfter)
+				world.Pass(quietAfter)
 			}
-			between(t, "bytes of bursts in the end", b.inputs.Load(), 0, 14*kilo)
+			is.Between(t, "bytes of bursts in the end", b.inputs.Load(), 0, 14*kilo)
 		})
 	}
 }
@@ -2715,7 +2715,7 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 			go o.Conn.Write(line)
 		})
 		synctest.Wait()
-		between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
+		is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
 		closeClients(clients)
 	})
 }
@@ -2730,12 +2730,12 @@ func TestMemoryLimitOfMuteLines(t *testing.T) {
 		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
 		clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(line) })
 		for range 60 {
-			pass(slowAfter / 3)
+			world.Pass(slowAfter / 3)
 			n.wantLinesBounded(t, len(clients))
 		}
 
 		a := n.DialAck(t)
-		within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
+		is.Within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
 		closeClients(clients)
 	})
 }
@@ -2752,7 +2752,7 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 			for _, o := range clients {
 				go o.SendSome(line + strings.Repeat("v", 60*kilo) + "\n")
 			}
-			pass(lineTime / 2)
+			world.Pass(lineTime / 2)
 			n.wantLinesBounded(t, len(clients))
 			close(store.Gate)
 			closeClients(clients)
@@ -2765,7 +2765,7 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
 	b := &n.server.budget
 	free := int64(clients*(freeInput+2*quietSize) + 2*2*burstSize) // and two lines that have a slot
-	between(t, "bytes of input", n.inputs(), 0, b.forInput()+2*b.forQueues()+free)
+	is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+2*b.forQueues()+free)
 }
 
 // Ensure that mute clients with short lines, however many, take no memory from long lines.
@@ -2776,8 +2776,8 @@ func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
 		b.limitTo(16<<20, 0)
 		burst := strings.Repeat("Ping:pppppppppppppppppppp\n", 6000)
 		mute := n.DialMany(t, 400, func(_ int, o *protocol.Client) { go o.SendSome(burst) })
-		pass(10 * time.Second)
-		between(t, "bytes that count as input", b.inputs.Load(), b.forBursts()/2, b.forInput()*3/4)
+		world.Pass(10 * time.Second)
+		is.Between(t, "bytes that count as input", b.inputs.Load(), b.forBursts()/2, b.forInput()*3/4)
 		closeClients(mute)
 	})
 }
@@ -2793,7 +2793,7 @@ func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 		line := "Set:k:" + strings.Repeat("v", 60*kilo)
 		go slow.SendSome(line)
 		synctest.Wait()
-		within(t, 0, tickTime, func() { other.Ask(line, ":OK 0") })
+		is.Within(t, 0, tickTime, func() { other.Ask(line, ":OK 0") })
 		b.inputs.Add(-b.forBursts())
 		slow.Close()
 	})
@@ -2818,13 +2818,13 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			n.server.budget.limitTo(64<<20, 0)
 			a, long := n.DialAck(t), strings.Repeat("v", 100*kilo)
 			a.Send(c.line + long)
-			pass(quietAfter)
+			world.Pass(quietAfter)
 
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome("Put:k:" + long) })
 			for range c.times {
 				a.Send(c.rest)
-				pass(quietAfter / 2)
+				world.Pass(quietAfter / 2)
 			}
 			a.Ask("", c.want)
 			n.server.budget.inputs.Add(-n.server.budget.forInput())
@@ -2842,10 +2842,10 @@ func TestMemoryLimitOfFormattedValues(t *testing.T) {
 		mute := n.Dial(t)
 		mute.Send("Ping\nGet:big\nGet:big\n")
 		synctest.Wait()
-		between(t, "bytes that are pinned", n.server.budget.pinned.Load(), 900*kilo, 1000*kilo)
+		is.Between(t, "bytes that are pinned", n.server.budget.pinned.Load(), 900*kilo, 1000*kilo)
 		mute.Close()
 		synctest.Wait()
-		equal(t, "bytes that are pinned in the end", n.server.budget.pinned.Load(), 0)
+		is.Equal(t, "bytes that are pinned in the end", n.server.budget.pinned.Load(), 0)
 	})
 }
 
@@ -2859,12 +2859,12 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		mute := n.dialMute(t)
 		go mute.SendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
 		for range 4 {
-			pass(quietAfter / 2)
-			between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
+			world.Pass(quietAfter / 2)
+			is.Between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
 		}
 		mute.Close()
 		synctest.Wait()
-		equal(t, "bytes of lines in the end", b.inputs.Load(), b.forBursts())
+		is.Equal(t, "bytes of lines in the end", b.inputs.Load(), b.forBursts())
 		b.inputs.Add(-b.forBursts())
 	})
 }
@@ -2880,7 +2880,7 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 				c.paced.Write(make([]byte, taken))
 				c.outbox.noteWait(time.Second)
 			}
-			equal(t, fmt.Sprint("a client that takes ", taken, " bytes a second drips"),
+			is.Equal(t, fmt.Sprint("a client that takes ", taken, " bytes a second drips"),
 				c.outbox.drips, taken == 0)
 		}
 		ours.Close()
@@ -2896,9 +2896,9 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 		mute := n.dialMute(t)
 		n.server.budget.inputs.Add(n.server.budget.forInput())
 		go mute.SendAll("Put:k:" + strings.Repeat("v", 200*kilo))
-		pass(tickTime)
+		world.Pass(tickTime)
 		a := n.DialAck(t)
-		within(t, 0, 2*tickTime, func() {
+		is.Within(t, 0, 2*tickTime, func() {
 			a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
 			a.Want(":OK 1")
 		})
@@ -2914,11 +2914,11 @@ func TestMemoryLimitBehindAQuit(t *testing.T) {
 		n.server.maxLine = 1 << 20
 		mute, lines := n.Dial(t), &n.server.budget.inputs
 		go mute.SendSome("Ping:" + strings.Repeat("p", 500*kilo) + "\nQuit\n")
-		pass(slowAfter / 2)
-		between(t, "bytes of lines whose replies wait", lines.Load(), 1, burstSize+kilo)
+		world.Pass(slowAfter / 2)
+		is.Between(t, "bytes of lines whose replies wait", lines.Load(), 1, burstSize+kilo)
 		mute.Close()
 		synctest.Wait()
-		equal(t, "bytes of lines in the end", lines.Load(), 0)
+		is.Equal(t, "bytes of lines in the end", lines.Load(), 0)
 	})
 }
 
@@ -2938,9 +2938,9 @@ func TestMaxQueues(t *testing.T) {
 		})
 		honest := n.Dial(t)
 		for range 40 {
-			pass(seenSlow / 10)
+			world.Pass(seenSlow / 10)
 			honest.Send(strings.Repeat("Get:k\n", 100) + "Ping\n")
-			equal(t, "replies of a client that reads", honest.Count("k:"), 100)
+			is.Equal(t, "replies of a client that reads", honest.Count("k:"), 100)
 			if queued := honest.Stat("queued_bytes"); queued >
 				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
@@ -2949,13 +2949,13 @@ func TestMaxQueues(t *testing.T) {
 		for i, c := range slow {
 			if i%2 != 0 {
 				c.Send("Ping\n")
-				between(t, "replies of a slow reader", c.Count("k:"), 1, 599)
+				is.Between(t, "replies of a slow reader", c.Count("k:"), 1, 599)
 			}
 			c.Close()
 		}
 		synctest.Wait()
 		honest.WantStat("queued_bytes", 0)
-		between(t, "clients that were cut, in the log", strings.Count(n.log.take(), "(-max-queues)"), 1, 5)
+		is.Between(t, "clients that were cut, in the log", strings.Count(n.log.take(), "(-max-queues)"), 1, 5)
 	})
 }
 
@@ -2970,13 +2970,13 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 			n.fill("small", strings.Repeat("v", kilo), 1)
 			mute, other := n.Dial(t), n.Dial(t)
 			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
-			pass(2 * seenSlow)
+			world.Pass(2 * seenSlow)
 			mute.Send("Ping\n" + strings.Repeat(behind, 120))
 			n.server.budget.queued.Add(limit)
-			pass(2 * seenSlow)
+			world.Pass(2 * seenSlow)
 			n.server.budget.queued.Add(-limit)
-			between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
-			equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
+			is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
+			is.Equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
 			mute.Close()
 		})
 	}
@@ -2993,16 +2993,16 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 			go c.SendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
 		})
 		for range 50 {
-			pass(seenSlow / 10)
+			world.Pass(seenSlow / 10)
 			writer.Ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
 		}
-		between(t, "bytes that are queued", writer.Stat("queued_bytes"), 0, 1<<20)
+		is.Between(t, "bytes that are queued", writer.Stat("queued_bytes"), 0, 1<<20)
 
 		// However much they fill, it does not count as data.
 		b := &n.server.budget
 		b.queued.Add(b.limit)
 		writer.Ask("Put:k:v", ":OK 1")
-		between(t, "bytes of a list", b.forList(), 1, b.forQueues()/4)
+		is.Between(t, "bytes of a list", b.forList(), 1, b.forQueues()/4)
 		b.queued.Add(-b.limit)
 		closeClients(mute)
 	})
@@ -3022,16 +3022,16 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		c.Want(":ERROR line 0: server is full (3 clients)")
 		c.Close()
 		go a.SendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
-		pass(tickTime) // not yet slow, so hardly anything is queued
-		between(t, "bytes of a chain that keeps 20 lists", watch.Stat("queued_bytes"), 5*values*stringSize,
+		world.Pass(tickTime) // not yet slow, so hardly anything is queued
+		is.Between(t, "bytes of a chain that keeps 20 lists", watch.Stat("queued_bytes"), 5*values*stringSize,
 			math.MaxInt)
 		a.Close()
 		synctest.Wait()
 		go b.SendSome("Dump\n")
-		pass(seenSlow)
-		between(t, "bytes of a Dump", watch.Stat("queued_bytes"), keys*stringSize, math.MaxInt)
+		world.Pass(seenSlow)
+		is.Between(t, "bytes of a Dump", watch.Stat("queued_bytes"), keys*stringSize, math.MaxInt)
 		b.Close()
-		pass(2 * seenSlow)
+		world.Pass(2 * seenSlow)
 		watch.WantStat("queued_bytes", 0)
 	})
 }
@@ -3055,7 +3055,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 			for _, a := range clients {
 				speak(a, "Get:k", burst)
 			}
-			between(t, fmt.Sprint("bytes more of a quiet client after a burst of ", burst),
+			is.Between(t, fmt.Sprint("bytes more of a quiet client after a burst of ", burst),
 				(heapOfQuiet()-before)/len(clients), math.MinInt, 2<<10)
 		}
 	})
@@ -3069,8 +3069,8 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 		clients := n.DialMany(t, 10, func(_ int, a *protocol.Client) {
 			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
-		pass(lineTime / 2)
-		between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
+		world.Pass(lineTime / 2)
+		is.Between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
 			burstSize/4)
 		for _, a := range clients {
 			a.Send("\n")
@@ -3089,7 +3089,7 @@ func TestMemoryOfABusyClient(t *testing.T) {
 			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.Ask("Ping", ":PONG")
 		}
-		between(t, "bytes more of a busy client", heapBytes()-before, math.MinInt, 10*testMaxLine)
+		is.Between(t, "bytes more of a busy client", heapBytes()-before, math.MinInt, 10*testMaxLine)
 	})
 }
 
@@ -3100,12 +3100,12 @@ func TestMemoryOfATrickle(t *testing.T) {
 		a := n.Dial(t)
 		a.Ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
 		synctest.Wait()
-		between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
+		is.Between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
 		for range 8 {
 			a.Send("P") // a line that does not end
-			pass(quietAfter / 2)
+			world.Pass(quietAfter / 2)
 		}
-		between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
+		is.Between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
 		a.Close()
 	})
 }
@@ -3121,7 +3121,7 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 			a.Conn.Write(big)
 		}
 		b.Ask("Ping", ":PONG")
-		between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
+		is.Between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
 		a.Send("\n")
 		a.Ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
 	})
@@ -3163,7 +3163,7 @@ func TestListenOnAUnixSocket(t *testing.T) { command.ListenOnAUnixSocket(t, bina
 func TestStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Dial(t).Ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
-		pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
+		world.Pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
 		a := n.Dial(t)
 		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
@@ -3250,7 +3250,7 @@ func TestWatch(t *testing.T) {
 	s, addr := watched(t)
 	get := func(path string) (int, string) {
 		answer, err := http.Get("http://" + addr + path)
-		must(t, err)
+		is.OK(t, err)
 		defer answer.Body.Close()
 		body, _ := io.ReadAll(answer.Body)
 		return answer.StatusCode, string(body)
@@ -3269,7 +3269,7 @@ func TestWatch(t *testing.T) {
 	s.Close()
 	for _, path := range []string{"/healthz", "/metrics"} {
 		code, _ := get(path)
-		equal(t, path+" after Close", code, 503)
+		is.Equal(t, path+" after Close", code, 503)
 	}
 }
 
@@ -3278,7 +3278,7 @@ func watched(t *testing.T) (s *keyValueServer, addr string) {
 	s = New(kvstore.NewMemory())
 	startTCP(t, s)
 	listeners, err := listen("localhost:0")
-	must(t, err)
+	is.OK(t, err)
 	web := s.watch(listeners, "metrics.example")
 	t.Cleanup(func() { web.Close() })
 	return s, listeners[0].Addr().String()
@@ -3313,9 +3313,9 @@ func TestWatchAStalledStore(t *testing.T) {
 		handler := n.server.watchHandler("")
 		a := n.Dial(t)
 		a.Post("Put:k:v\n")
-		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
-		within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
-		within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
+		is.Within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
+		is.Within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
+		is.Within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
 		close(store.Gate)
 	})
 	wantPage(t, New(kvstore.NewMemory()).watchHandler(""), "/healthz", 503) // before Start
@@ -3365,7 +3365,7 @@ func TestWatchIsLimited(t *testing.T) {
 		a := protocol.DialTCP(t, addr)
 		a.Send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
 		answer, err := http.ReadResponse(a.R, nil)
-		must(t, err)
+		is.OK(t, err)
 		body, _ := io.ReadAll(answer.Body)
 		if a.R.Buffered() > 0 || a.Conn.CloseWrite() != nil {
 			t.Errorf("%s: more than an answer", path)
@@ -3373,7 +3373,7 @@ func TestWatchIsLimited(t *testing.T) {
 		return answer.StatusCode, string(body)
 	}
 	code, _ := get("localhost", "/healthz")
-	equal(t, "beside idle connections", code, 200)
+	is.Equal(t, "beside idle connections", code, 200)
 	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
 		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
 		"metrics.example:1": 200, "192.0.2.1": 200} {
@@ -3400,7 +3400,7 @@ func TestWatchFewConnections(t *testing.T) {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 		go n.Connect(theirs)
 		conn, err := few.Accept()
-		must(t, err)
+		is.OK(t, err)
 		guests, clients = append(guests, conn.(*guest)), append(clients, ours)
 	}
 	speak := func(i int) {
@@ -3415,7 +3415,7 @@ func TestWatchFewConnections(t *testing.T) {
 				gone = append(gone, i)
 			}
 		}
-		equal(t, "guests that have gone", fmt.Sprint(gone), fmt.Sprint(want))
+		is.Equal(t, "guests that have gone", fmt.Sprint(gone), fmt.Sprint(want))
 	}
 
 	for range few.most {
@@ -3434,9 +3434,9 @@ func TestWatchFewConnections(t *testing.T) {
 	wantGone(0, 1, 3)
 
 	last := guests[6]
-	equal(t, "it goes on without a place, once", last.leave() && last.Close() == nil && !last.leave(), true)
+	is.Equal(t, "it goes on without a place, once", last.leave() && last.Close() == nil && !last.leave(), true)
 	_, err := last.Conn.Write([]byte("x"))
-	must(t, err) // it is open still
+	is.OK(t, err) // it is open still
 }
 
 // Ensure that only one profile is taken at a time, with a pause between two.
@@ -3448,11 +3448,11 @@ func TestWatchOneProfileAtATime(t *testing.T) {
 		go getPage(handler, "/")
 		synctest.Wait()
 		wantPage(t, handler, "/", 503)
-		pass(time.Second - 1)
+		world.Pass(time.Second - 1)
 		wantPage(t, handler, "/", 503) // too soon after the last one
-		pass(1)
+		world.Pass(1)
 		wantPage(t, handler, "/", 200)
-		pass(time.Second)
+		world.Pass(time.Second)
 	})
 }
 
@@ -3500,7 +3500,7 @@ func TestInputBehindReplies(t *testing.T) {
 		mute.Ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
 		go mute.SendSome("Get:big\nPut:k:" + long)
 		synctest.Wait()
-		within(t, 0, quietAfter, func() { a.Ask("Put:k:"+long+"\nPing", ":PONG") })
+		is.Within(t, 0, quietAfter, func() { a.Ask("Put:k:"+long+"\nPing", ":PONG") })
 		n.server.budget.inputs.Add(-n.server.budget.forInput())
 		mute.Close()
 	})
@@ -3552,7 +3552,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 			close(ended)
 		}()
 		watch := n.Dial(t)
-		for began := time.Now(); !isClosed(ended); pass(tickTime) {
+		for began := time.Now(); !isClosed(ended); world.Pass(tickTime) {
 			queued := watch.Stat("queued_bytes")
 			if most := limit + (lists+2)*(2*testMaxMessage+8*kilo); queued > most {
 				t.Fatalf("%d bytes are queued, want up to %d", queued, most)
@@ -3572,7 +3572,7 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 		n.fillKeys(strings.Repeat("k", 500), 8000, "v") // 4 MB
 		a := n.Dial(t)
 		a.Post("Keys\n")
-		equal(t, "snapshots of a Keys that is not read", len(n.server.snapshots.slots), 0)
+		is.Equal(t, "snapshots of a Keys that is not read", len(n.server.snapshots.slots), 0)
 		a.Close()
 	})
 }
@@ -3593,13 +3593,13 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 					}
 				}()
 			})
-			pass(3 * dripTime)
-			equal(t, "places that are taken while nobody waits", len(n.server.snapshots.slots), maxSnapshots)
+			world.Pass(3 * dripTime)
+			is.Equal(t, "places that are taken while nobody waits", len(n.server.snapshots.slots), maxSnapshots)
 
 			a := n.DialAck(t)
-			within(t, 0, 6*dripTime, func() { a.Ask("Keys:none", ":OK 0") })
+			is.Within(t, 0, 6*dripTime, func() { a.Ask("Keys:none", ":OK 0") })
 			close(mayEnd)
-			pass(tickTime)
+			world.Pass(tickTime)
 			a.HangUp()
 			closeClients(slow)
 		})
@@ -3677,7 +3677,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		}()
 		synctest.Wait()
 		<-s.cores.slots
-		equal(t, "over first", <-ended, "the other")
+		is.Equal(t, "over first", <-ended, "the other")
 		if <-ended; !slices.IsSorted(keys) {
 			t.Error("the keys are not sorted")
 		}
@@ -3712,7 +3712,7 @@ func TestOutboxClaim(t *testing.T) {
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
 		o.uncount(&Query{})
-		equal(t, "bytes that are counted afterwards", s.budget.queued.Load(), c.queued)
+		is.Equal(t, "bytes that are counted afterwards", s.budget.queued.Load(), c.queued)
 	}
 }
 
@@ -3728,7 +3728,7 @@ func TestOutboxNeverWaits(t *testing.T) {
 		q := &Query{queryType: ping}
 		size := c.outbox.measure(q)
 		c.outbox.reply(q, size, true) // as answer does if it found the queues below their limit
-		equal(t, "messages that are queued", len(c.buffer), 2)
+		is.Equal(t, "messages that are queued", len(c.buffer), 2)
 	})
 }
 
@@ -3746,7 +3746,7 @@ func TestOutboxMessagesAreSmallAtTheLimit(t *testing.T) {
 			close(done)
 		}()
 		for synctest.Wait(); len(c.buffer) > 0; synctest.Wait() {
-			between(t, "bytes of a message", cap(<-c.buffer), 1, chunkSize)
+			is.Between(t, "bytes of a message", cap(<-c.buffer), 1, chunkSize)
 			c.tellRoom()
 		}
 		<-done
@@ -3761,11 +3761,11 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 		n.server.budget.maxQueues = 1 << 20
 		a, b, other := n.Dial(t), n.Dial(t), n.Dial(t)
 		go a.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
-		pass(time.Minute)
+		world.Pass(time.Minute)
 		go b.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
-		pass(time.Minute)
+		world.Pass(time.Minute)
 		other.Ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
-		between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, 5<<18)
+		is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, 5<<18)
 		a.Close()
 		b.Close()
 		synctest.Wait()
@@ -3804,7 +3804,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 		}
 		c.tellRoom()
 		<-c.done
-		equal(t, "the message", string(<-c.buffer), strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3))
+		is.Equal(t, "the message", string(<-c.buffer), strings.Repeat("k:"+strings.Repeat("v", 100)+"\n", 3))
 	})
 }
 
@@ -3819,7 +3819,7 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	for i := range q.values { // a walk would find them empty
 		q.values[i] = "" // a walk would find them empty
 	}
-	between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
+	is.Between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
 }
 
 // Ensure that the messages of a long reply are used again.
@@ -3842,7 +3842,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
 		}))
 	}
-	between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
+	is.Between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
 
 // Ensure that no reply is longer than the size that is measured before it is formatted.
@@ -3858,7 +3858,7 @@ func TestOutboxMeasuresAtLeastTheReply(t *testing.T) {
 				}
 				for _, acked := range []bool{false, true} {
 					reply := q.appendEnd(slices.Clone(lines), acked, n)
-					between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, q.replySize(acked))
+					is.Between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, q.replySize(acked))
 				}
 			}
 		}
@@ -3901,7 +3901,7 @@ func TestOutboxAllocations(t *testing.T) {
 		for range 30 { // the race detector makes sync.Pool forget at times
 			fewest = min(fewest, testing.AllocsPerRun(1, once))
 		}
-		between(t, "allocations of "+c.name, fewest, 0, c.most)
+		is.Between(t, "allocations of "+c.name, fewest, 0, c.most)
 	}
 }
 
@@ -3919,7 +3919,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		other, slow := n.Dial(t), n.Dial(t)
 		const owed = 10 * kilo // more than the queue holds
 		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
-		within(t, 0, 0, func() {
+		is.Within(t, 0, 0, func() {
 			for i := range 100 {
 				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
 			}
@@ -3927,9 +3927,9 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		synctest.Wait()
 		other.Ask("Get:after") // not run yet: the slow client waits for itself
 		other.Ask("Ping", ":PONG")
-		pass(slowAfter - 1)
+		world.Pass(slowAfter - 1)
 		other.Ask("Get:after")
-		pass(1 + seenSlow - slowAfter)
+		world.Pass(1 + seenSlow - slowAfter)
 		other.Ask("Get:after", "after:1") // its writes take effect
 		delivered := 0
 		for {
@@ -3943,7 +3943,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			delivered++
 		}
 		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
-		between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
+		is.Between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
 		slow.Ask("Ping", ":PONG") // counted once
 		other.WantStat("replies_dropped_total", owed-delivered)
 		slow.Ask("Get:after", "after:1")
@@ -3972,17 +3972,17 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 				_, err := conn.Write(message)
 				written <- err
 			}()
-			equal(t, "a reader that reads nothing is told to be taking", <-told, false)
+			is.Equal(t, "a reader that reads nothing is told to be taking", <-told, false)
 			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
 			if round > 0 { // it is known to read
 				most += slowAfter
 			}
-			between(t, "time until it is seen that nothing is read", time.Since(start), slowAfter, most)
+			is.Between(t, "time until it is seen that nothing is read", time.Since(start), slowAfter, most)
 			go io.ReadFull(reader, message)
-			equal(t, "a reader that reads again is told to", <-told, true)
-			must(t, <-written)
+			is.Equal(t, "a reader that reads again is told to", <-told, true)
+			is.OK(t, <-written)
 			if round == 2 {
-				pass(time.Hour)
+				world.Pass(time.Hour)
 			}
 		}
 	})
@@ -3994,12 +3994,12 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, _, told := paced()
 		conn.Write(make([]byte, world.StreamSize))
-		pass(tickTime / 2)
+		world.Pass(tickTime / 2)
 
 		start := time.Now()
 		go conn.Write([]byte{0})
-		equal(t, "it takes bytes", <-told, false)
-		between(t, "time until that is told", time.Since(start), slowAfter, math.MaxInt64)
+		is.Equal(t, "it takes bytes", <-told, false)
+		is.Between(t, "time until that is told", time.Since(start), slowAfter, math.MaxInt64)
 		conn.Close()
 		synctest.Wait()
 	})
@@ -4040,7 +4040,7 @@ func TestSlowReaderFate(t *testing.T) {
 		s.budget.chains.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
-		equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
+		is.Equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
 	}
 
 	// Others' long lines get no memory because of what clients that drip keep.
@@ -4054,7 +4054,7 @@ func TestSlowReaderFate(t *testing.T) {
 	for drips, want := range map[bool]fate{true: isCutOff, false: waits} {
 		client.outbox.drips = drips
 		got, why := client.outbox.decide(1, false, true)
-		equal(t, fmt.Sprintf("drips: %v (%q)", drips, why), got, want)
+		is.Equal(t, fmt.Sprintf("drips: %v (%q)", drips, why), got, want)
 	}
 }
 
@@ -4074,14 +4074,14 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			}
 			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {
-				pass(slowAfter - tickTime)
+				world.Pass(slowAfter - tickTime)
 				io.ReadFull(reader, make([]byte, world.StreamSize))
 			}
-			pass(1700 * time.Millisecond)
+			world.Pass(1700 * time.Millisecond)
 			slow := hardlyCameBefore()
-			equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
-			pass(3 * slowAfter)
-			equal(t, "slow in the end", hardlyCameBefore() || slow, true)
+			is.Equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
+			world.Pass(3 * slowAfter)
+			is.Equal(t, "slow in the end", hardlyCameBefore() || slow, true)
 			conn.Close()
 			synctest.Wait()
 		})
@@ -4119,9 +4119,9 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 		n.fill("k", strings.Repeat("v", kilo), 40)
 		a := n.Dial(t)
 		a.Send("Get:k\nQuit\n")
-		pass(4 * drainTime)
+		world.Pass(4 * drainTime)
 		a.SendSome("Ping\n") // on a connection that is closed, this would destroy the answer
-		equal(t, "lines that came", strings.Count(a.ReadAll(), "k:"), 40)
+		is.Equal(t, "lines that came", strings.Count(a.ReadAll(), "k:"), 40)
 		a.Close()
 	})
 }
@@ -4133,14 +4133,14 @@ func TestEndByQuit(t *testing.T) {
 		a := n.Dial(t)
 		a.Send("Ping\nQuit\nPut:k:v\n")
 		a.Want(":PONG")
-		within(t, 0, 0, a.WantClosed)
+		is.Within(t, 0, 0, a.WantClosed)
 		a.Send("Put:k:v\nGet:k\n") // read, but not run
-		pass(drainTime)
+		world.Pass(drainTime)
 		if _, err := a.Conn.Write([]byte("x")); err == nil {
 			t.Errorf("the connection is open %v after Quit", drainTime)
 		}
 		a.Close()
-		equal(t, "clients", n.server.CountActive(), 0)
+		is.Equal(t, "clients", n.server.CountActive(), 0)
 	})
 }
 
@@ -4159,7 +4159,7 @@ func TestEndAnswersNothingMore(t *testing.T) {
 			n.server.maxLine = 20
 			a := n.Dial(t)
 			go a.SendAll(send)
-			equal(t, fmt.Sprintf("sent %q", send), a.ReadAll(), want)
+			is.Equal(t, fmt.Sprintf("sent %q", send), a.ReadAll(), want)
 		})
 	}
 }
@@ -4175,7 +4175,8 @@ func TestEndFormatsNothingMore(t *testing.T) {
 		go c.writeToClient()
 		synctest.Wait()
 		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
-		equal(t, "allocations of a reply to nobody", testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) }), 0)
+		none := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) })
+		is.Equal(t, "allocations of a reply to nobody", none, 0)
 		close(c.buffer)
 	})
 }
@@ -4192,19 +4193,19 @@ func TestWriteTimeout(t *testing.T) {
 			b.Ask("Ack", ":OK 0")
 			a.Send("Get:big\n")
 			b.Send("Get:big\n")
-			pass(time.Minute - 1)
+			world.Pass(time.Minute - 1)
 			io.CopyN(io.Discard, b.R, 4*maxWrite)
-			equal(t, "clients just before the timeout", n.server.CountActive(), 2)
-			pass(1)
+			is.Equal(t, "clients just before the timeout", n.server.CountActive(), 2)
+			world.Pass(1)
 			io.CopyN(io.Discard, b.R, 10_000)
-			pass(time.Minute) // a may have taken a part of the unfinished Write
-			equal(t, "clients after the timeout", n.server.CountActive(), 1)
+			world.Pass(time.Minute) // a may have taken a part of the unfinished Write
+			is.Equal(t, "clients after the timeout", n.server.CountActive(), 1)
 			is.In(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.R, 40_000)
-				pass(time.Minute - 1)
+				world.Pass(time.Minute - 1)
 			}
-			equal(t, "clients when one accepts 40 kB a minute", n.server.CountActive(), 1)
+			is.Equal(t, "clients when one accepts 40 kB a minute", n.server.CountActive(), 1)
 			a.Close()
 			b.Close()
 		})
@@ -4249,7 +4250,7 @@ func TestHintsAreCheap(t *testing.T) {
 		line := strings.Repeat(piece, 1<<20/len(piece))
 		var q Query
 		bytes := allocated(func() { q.parse(line) })
-		between(t, "bytes for "+q.value(), bytes, 0, 8<<10)
+		is.Between(t, "bytes for "+q.value(), bytes, 0, 8<<10)
 	}
 }
 
@@ -4443,50 +4444,12 @@ func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {
 	return n.Net
 }
 
-// pass lets d of fake time pass, and waits until all goroutines are idle.
-func pass(d time.Duration) {
-	<-time.After(d)
-	synctest.Wait()
-}
-
-// equal wants got to be want.
-func equal[T comparable](t testing.TB, what string, got, want T) {
-	t.Helper()
-	if got != want {
-		t.Errorf("%s: got %.600q, want %.600q", what, fmt.Sprint(got), fmt.Sprint(want))
-	}
-}
-
-// between wants got to be from least to most.
-func between[T cmp.Ordered](t testing.TB, what string, got, least, most T) {
-	t.Helper()
-	if got < least || got > most {
-		t.Errorf("%s: got %v, want %v to %v", what, got, least, most)
-	}
-}
-
-// must ends the test at an error.
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // wantTodo wants err to be a problem, and these words in what to do about it.
 func wantTodo(t testing.TB, err error, words string) {
 	t.Helper()
 	if todo := storage.Advice(err); !strings.Contains(todo, words) {
 		t.Errorf("%v: to do is %q, want %q in it", err, todo, words)
 	}
-}
-
-// within runs do, which must take from least to most.
-func within(t testing.TB, least, most time.Duration, do func()) {
-	t.Helper()
-	start := time.Now()
-	do()
-	between(t, "the time that it took", time.Since(start), least, most)
 }
 
 // fakeNet is the network of one server: a listener, and dial to reach it.
@@ -4547,7 +4510,7 @@ func (n *fakeNet) dialMute(t *testing.T) *protocol.Client {
 	c := n.DialAck(t)
 	for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} {
 		c.Send(request)
-		pass(tickTime)
+		world.Pass(tickTime)
 	}
 	return c
 }
@@ -4588,7 +4551,7 @@ func serveTCP(t testing.TB) (addr string) {
 // startTCP starts s on a real port until the test ends.
 func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 	t.Helper()
-	must(t, s.Start(0))
+	is.OK(t, s.Start(0))
 	t.Cleanup(s.Close)
 	return s.listener.Addr().String()
 }
@@ -4597,7 +4560,7 @@ func startTCP(t testing.TB, s *keyValueServer) (addr string) {
 func serverConfig(t *testing.T) *tls.Config {
 	dir := command.Certificates(t, "server")
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"))
-	must(t, err)
+	is.OK(t, err)
 	return &tls.Config{Certificates: []tls.Certificate{pair}}
 }
 
@@ -4612,7 +4575,7 @@ func getPage(handler http.Handler, path string) (code int, body string) {
 func wantPage(t *testing.T, handler http.Handler, path string, wantCode int, words ...string) (body string) {
 	t.Helper()
 	code, body := getPage(handler, path)
-	equal(t, path, code, wantCode)
+	is.Equal(t, path, code, wantCode)
 	is.In(t, path, body, words...)
 	return body
 }
@@ -4644,7 +4607,7 @@ func allocated(do func()) uint64 {
 
 // heapOfQuiet is heapBytes once all clients are quiet, and have given back what they can.
 func heapOfQuiet() int {
-	pass(3 * quietAfter)
+	world.Pass(3 * quietAfter)
 	return heapBytes()
 }
 
