@@ -7,7 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,6 +16,10 @@ import (
 	"kvserver/kvstore/storetest/protocol"
 )
 
+// mistake is a command line that ends at once: what happened and what to do are said in two lines,
+// which begin like this.
+type mistake struct{ args, what, todo string }
+
 // FlagMistakes ensures that each mistake and failure at the start is reported in two lines, what
 // happened and what to do, with the right exit code. said returns what is said about a command line
 // that is wrong, without a process; explain, what is said about a wrong value of a flag.
@@ -23,192 +27,14 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 	explain func(flag string) string) {
 
 	t.Parallel()
-	taken, err := net.Listen("tcp", "localhost:0")
-	is.OK(t, err)
-	t.Cleanup(func() { taken.Close() })
-	port := taken.Addr().(*net.TCPAddr).Port
-	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
-	sock := filepath.Join(t.TempDir(), "sock")
-	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
-	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
-	store := OpenStore(t, inUse)
-	t.Cleanup(func() { store.Close() })
-	certs := Certificates(t, "server", "other")
-	pem := func(name string) string { return filepath.Join(certs, name) }
-	type mistake struct{ args, what, todo string } // the two lines begin like this
 	tables := map[int][]mistake{
-		exitMisuse: {
-			{"-foo", "flag provided but not defined: -foo", "kvserver help flags lists the flags."},
-			{"-port 1", "flag provided but not defined: -port", "Did you mean -addr ? kvserver help flags"},
-			{"-dta x", "flag provided but not defined: -dta", "Did you mean -data ?"},
-			{"-addr 1 -addr 2", `invalid value "2" for flag -addr: it is given twice`,
-				"-addr takes PORT"},
-			{"-c -timeout 1s -timeout 2s", `invalid value "2s" for flag -timeout: it is given twice`,
-				"-timeout takes TIME"},
-			{"-data -fsync 1s", `invalid value "-fsync" for flag -data`, "-data takes DIR"},
-			{"-version x", `unexpected argument "x"`, "Set flags, as in kvserver -addr 9999, or send"},
-			{"-write-timeout 5", `invalid value "5" for flag -write-timeout`, "-write-timeout takes TIME until " +
-				"a client that reads nothing is cut off; 0: never (5m)."},
-			{"-max-line 5m", `invalid value "5m" for flag -max-line`, "-max-line takes SIZE of a request " +
-				"line, from 64 bytes to 1GiB (1MiB)."},
-			{"foo", `unexpected argument "foo"`, "Set flags, as in kvserver -addr 9999, or send a request"},
-			{"chekc data", `unexpected argument "chekc"`,
-				"Did you mean kvserver check ? kvserver help flags"},
-			{"version", `unexpected argument "version"`, "Did you mean kvserver -version ?"},
-			{"-c ", `"" is not one request`, "Each argument is one request, and flags go before"},
-			{"-fsync 1s", "-fsync is for data on a disk", "Give a directory, as in -data data -fsync 1s."},
-			{"-fsync always", "-fsync is for data on a disk", "Give a directory, as in -data data"},
-			{"-tls-ca ca.pem", "-tls-ca is not for a server",
-				"Leave it out. -tls-ca takes FILE with a CA to trust: -c and -ping use TLS."},
-			{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca",
-				"Give the CA"},
-			{"-c Get:a -addr 1", `"-addr" is not one request`, "Each argument is"},
-			{"-c Put:a:b\nDelete:c", `"Put:a:b\nDelete:c" is not one request`, "Each argument is"},
-			{"check", "check needs DIR, and no flags", "DIR is the server's"},
-			{"check ", "check needs DIR, and no flags", "DIR is the server's"},
-			{"backup a", "backup needs DIR NEW, and no flags", "DIR is the server's"},
-			{"repair a", "repair needs DIR NEW, and no flags", "DIR is the server's"},
-			{"-data data -fsync sometimes", `invalid value "sometimes" for flag -fsync`,
-				"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
-			{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
-				"-max-memory takes SIZE of the process, 64MB or more"},
-			{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s, that -c"},
-			{"-data d check", `unexpected argument "check"`,
-				"Did you mean kvserver check ? kvserver help flags"},
-			{"-addr 1 -stop", "-stop is not for a server", "Leave it out."},
-			{"serve", `unexpected argument "serve"`, "Leave it out"},
-			{"start -addr 1", `unexpected argument "start"`, "Leave it out"},
-			{"-addr 1 run", `unexpected argument "run"`, "Leave it out"},
-			{"stop", `unexpected argument "stop"`, "Press Ctrl-C"},
-			{"ping", `unexpected argument "ping"`, "Did you mean kvserver -ping ?"},
-			{"client", `unexpected argument "client"`, "Did you mean kvserver -c ?"},
-			{"bakup a b", `unexpected argument "bakup"`, "Did you mean kvserver backup ?"},
-			{"hlep", `unexpected argument "hlep"`, "Did you mean kvserver help ?"},
-			{"help no such word", `no heading of the manual has "no such word"`,
-				"kvserver help lists the headings."},
-			{"help backup nosuch", `no heading of the manual has "backup nosuch"`,
-				"kvserver help lists the headings."},
-			{"Get:a", `unexpected argument "Get:a"`,
-				"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
-			{"-c get fruit", `unknown request "get fruit"; did you mean Get:fruit ?`,
-				"Each argument is one request"},
-			{"-c set a b", `unknown request "set a b"; did you mean Set:a:b ?`,
-				"Each argument is one request"},
-			{"-c Ping del a", `unknown request "del a"; did you mean Delete:a ?`,
-				"Each argument is one request"},
-			{"-c -ping Get:x", "-c and -ping do not go together", "Give one: -ping asks"},
-			{"-ping Get:x", `unexpected argument "Get:x"`, "Set flags"},
-			{"-ping localhost:9999", `unexpected argument "localhost:9999"`, "Set flags, as in kvserver -addr"},
-			{"-c -ping", "-c and -ping do not go together", "Give one: -ping asks"},
-			{"-c -data x Ping", "-data is not for -c", "Leave it out"},
-			{"-ping -max-line 100", "-max-line is not for -ping", "Leave it out"},
-			{"-ping -v", "-v is not for -ping", "Leave it out"},
-			{"-c -tls-client-ca x Ping", "-tls-client-ca is not for -c", "Leave it out"},
-			{"-ping -stop", "-stop is not for -ping", "Leave it out"},
-			{"-ping -out x", "-out is not for -ping", "Leave it out"},
-			{"-timeout 5s", "-timeout is not for a server", "Leave it out"},
-			{"-Addr 1", "flag provided but not defined: -Addr", "Did you mean -addr ?"},
-			{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
-			{"-output x -c", "flag provided but not defined: -output", "Did you mean -out ?"},
-			{"--PORT=1", "flag provided but not defined: -PORT", "Did you mean -addr ?"},
-			{"-addr", "flag needs an argument: -addr", "-addr takes PORT (0 to 65535)"},
-			{"-v=maybe", `invalid boolean value "maybe" for -v`,
-				"-v takes 1 or 0: also log every connection."},
-			{"---data", "bad flag syntax: ---data", "kvserver help"},
-			{"-fsync 0s -data x", `invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
-			{"-data etcd://a:1/kv -fsync 1s", "-fsync is for data on a disk", "Give a directory"},
-			{"-tls-cert c.pem", "-tls-cert and -tls-key go together", "Give the certificate and its key"},
-			{"-tls-client-ca ca.pem", "-tls-cert and -tls-key go together",
-				"Give the certificate and its key"},
-			{"check -v", "check needs DIR, and no flags",
-				"DIR is the server's data directory, NEW is a new one; kvserver help check says more."},
-			{"backup -data copy", "backup needs DIR NEW, and no flags", "DIR is the server's"},
-			{"check a b", "check needs DIR, and no flags", "DIR is the server's"},
-		},
-		exitFailure: {
-			{"-addr localhost:0 -http " + strconv.Itoa(port),
-				fmt.Sprintf("cannot listen on localhost:%d: ", port),
-				"Stop what listens there, or choose another port or path. Port 0 takes a free one."},
-			{"-addr 1 -ping", "cannot connect to localhost:1: ",
-				"Start a server there, or name another"},
-			{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
-			{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
-				"Nothing was changed. Take out what is not a store's, or give another directory: for new data"},
-			{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
-				"Give the server's data directory. For a new server create it: mkdir -m 700 /no/such/dir"},
-			{"-data " + program().Path, "not a data directory: " + program().Path + " is a file",
-				"Nothing was changed. Take out what is not a store's"},
-			{"-data " + foreign, "not a data directory: " + filepath.Join(foreign, "photo.jpg"),
-				"Nothing was changed. Take out what is not a store's"},
-			{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
-				"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
-					damaged},
-			{"-addr unix:" + foreign + strings.Repeat("/x", 60),
-				"cannot listen on unix:" + foreign + strings.Repeat("/x", 60) +
-					": bind: invalid argument", "Nothing was changed. Choose another path of at most 100 bytes"},
-			{"-addr unix:" + filepath.Join(foreign, "photo.jpg"),
-				"cannot listen on unix:" + filepath.Join(foreign, "photo.jpg") +
-					": there is a file that is no socket",
-				"Nothing was changed."},
-			{"-addr unix:" + sock + ",unix:" + sock, "cannot listen on unix:" + sock + ": ",
-				"Stop what listens there, or choose another port or path."},
-			{"-addr unix:/no/such/sock", "cannot listen on unix:/no/such/sock: ",
-				"Nothing was changed. Choose another path"},
-			{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
-				"Start a server there"},
-			{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
-			{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
-				"Start a server there, or name another"},
-			{"-addr 1 -tls-ca " + pem("ca.pem") + " -ping", "cannot connect to localhost:1: ",
-				"Start a server"},
-			{"-addr " + strconv.Itoa(port) + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
-				fmt.Sprintf("cannot connect to localhost:%d: ", port),
-				"Somebody listens there, and does not answer."},
-			{"-addr " + strconv.Itoa(port) + " -timeout 500ms -ping",
-				fmt.Sprintf("cannot connect to localhost:%d: no answer for 500ms", port),
-				"Somebody listens there, and does not answer."},
-			{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
-				"cannot use the certificate " + pem("server.pem") + " with the key " + pem("none") + ": open ",
-				"Give files in PEM format, and a key without a password that belongs to its certificate"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("other.key"),
-				"cannot use the certificate " + pem("server.pem") + " with the key " + pem("other.key") +
-					": tls: private key does not match", "Give files in PEM format"},
-			{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("server.key") + " -tls-client-ca " +
-				pem("ca.key"), "cannot use the CA " + pem("ca.key") + ": it holds no certificate",
-				"Give files in PEM format"},
-			{"-tls-ca " + pem("none") + " -ping",
-				"cannot connect to localhost:9999: cannot use the CA " + pem("none") + ": open ",
-				"Give files in PEM format"},
-			{"repair " + inUse + " " + filepath.Join(certs, "new"),
-				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
-				"Nothing was changed. Stop that process first"},
-			{"-data " + inUse,
-				fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
-				"Nothing was changed. Stop that process first"},
-			{"check /no/such/dir", "the data directory does not exist", "Give the server's data directory."},
-			{"check " + foreign, "not a data directory: ", "Nothing was changed. Take out what"},
-			{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. First create the"},
-			{"-addr " + strconv.Itoa(port), fmt.Sprintf("cannot listen on localhost:%d: ", port),
-				"Stop what listens there, or choose another port or path."},
-			{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
-				"This machine has no such name or address. Choose localhost,"},
-			{"-addr no.such.host.invalid:9999", "cannot listen on no.such.host.invalid:9999: ",
-				"This machine has no such name or address. Choose localhost,"},
-		},
+		exitMisuse:  misuses,
+		exitFailure: slices.Concat(failuresWithData(t, program().Path), failuresToConnect(t), failuresOfTLS(t)),
 	}
-
-	// Values that a flag does not take.
-	for _, args := range []string{"-log xml", "-http x", "-max-line many", "-max-line 0",
-		"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
-		"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-addr unix:@x",
-		"-max-clients 0", "-max-clients 1e3",
-		"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
-		"-addr localhost"} {
+	for _, args := range wrongValues {
 		name, value, _ := strings.Cut(args, " ")
 		tables[exitMisuse] = append(tables[exitMisuse], mistake{args,
-			fmt.Sprintf("invalid value %q for flag %s", value, name),
-			explain(name)})
+			fmt.Sprintf("invalid value %q for flag %s", value, name), explain(name)})
 	}
 
 	log := regexp.MustCompile(`(?m)^time=.*\n`)
@@ -242,6 +68,213 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 			t.Errorf("%s: exit code %d, prints %q and %q", arg, code, out, errs)
 		}
 	}
+}
+
+// misuses are command lines that are wrong.
+var misuses = []mistake{
+	{"-foo", "flag provided but not defined: -foo", "kvserver help flags lists the flags."},
+	{"-port 1", "flag provided but not defined: -port", "Did you mean -addr ? kvserver help flags"},
+	{"-dta x", "flag provided but not defined: -dta", "Did you mean -data ?"},
+	{"-addr 1 -addr 2", `invalid value "2" for flag -addr: it is given twice`,
+		"-addr takes PORT"},
+	{"-c -timeout 1s -timeout 2s", `invalid value "2s" for flag -timeout: it is given twice`,
+		"-timeout takes TIME"},
+	{"-data -fsync 1s", `invalid value "-fsync" for flag -data`, "-data takes DIR"},
+	{"-version x", `unexpected argument "x"`, "Set flags, as in kvserver -addr 9999, or send"},
+	{"-write-timeout 5", `invalid value "5" for flag -write-timeout`, "-write-timeout takes TIME until " +
+		"a client that reads nothing is cut off; 0: never (5m)."},
+	{"-max-line 5m", `invalid value "5m" for flag -max-line`, "-max-line takes SIZE of a request " +
+		"line, from 64 bytes to 1GiB (1MiB)."},
+	{"foo", `unexpected argument "foo"`, "Set flags, as in kvserver -addr 9999, or send a request"},
+	{"chekc data", `unexpected argument "chekc"`,
+		"Did you mean kvserver check ? kvserver help flags"},
+	{"version", `unexpected argument "version"`, "Did you mean kvserver -version ?"},
+	{"-c ", `"" is not one request`, "Each argument is one request, and flags go before"},
+	{"-fsync 1s", "-fsync is for data on a disk", "Give a directory, as in -data data -fsync 1s."},
+	{"-fsync always", "-fsync is for data on a disk", "Give a directory, as in -data data"},
+	{"-tls-ca ca.pem", "-tls-ca is not for a server",
+		"Leave it out. -tls-ca takes FILE with a CA to trust: -c and -ping use TLS."},
+	{"-tls-cert c.pem -tls-key c.key -ping", "-tls-cert with -c or -ping needs -tls-ca",
+		"Give the CA"},
+	{"-c Get:a -addr 1", `"-addr" is not one request`, "Each argument is"},
+	{"-c Put:a:b\nDelete:c", `"Put:a:b\nDelete:c" is not one request`, "Each argument is"},
+	{"check", "check needs DIR, and no flags", "DIR is the server's"},
+	{"check ", "check needs DIR, and no flags", "DIR is the server's"},
+	{"backup a", "backup needs DIR NEW, and no flags", "DIR is the server's"},
+	{"repair a", "repair needs DIR NEW, and no flags", "DIR is the server's"},
+	{"-data data -fsync sometimes", `invalid value "sometimes" for flag -fsync`,
+		"-fsync takes WHEN: always, never, or a time from 1ms to 1h (always)."},
+	{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
+		"-max-memory takes SIZE of the process, 64MB or more"},
+	{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s, that -c"},
+	{"-data d check", `unexpected argument "check"`,
+		"Did you mean kvserver check ? kvserver help flags"},
+	{"-addr 1 -stop", "-stop is not for a server", "Leave it out."},
+	{"serve", `unexpected argument "serve"`, "Leave it out"},
+	{"start -addr 1", `unexpected argument "start"`, "Leave it out"},
+	{"-addr 1 run", `unexpected argument "run"`, "Leave it out"},
+	{"stop", `unexpected argument "stop"`, "Press Ctrl-C"},
+	{"ping", `unexpected argument "ping"`, "Did you mean kvserver -ping ?"},
+	{"client", `unexpected argument "client"`, "Did you mean kvserver -c ?"},
+	{"bakup a b", `unexpected argument "bakup"`, "Did you mean kvserver backup ?"},
+	{"hlep", `unexpected argument "hlep"`, "Did you mean kvserver help ?"},
+	{"help no such word", `no heading of the manual has "no such word"`,
+		"kvserver help lists the headings."},
+	{"help backup nosuch", `no heading of the manual has "backup nosuch"`,
+		"kvserver help lists the headings."},
+	{"Get:a", `unexpected argument "Get:a"`,
+		"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
+	{"-c get fruit", `unknown request "get fruit"; did you mean Get:fruit ?`,
+		"Each argument is one request"},
+	{"-c set a b", `unknown request "set a b"; did you mean Set:a:b ?`,
+		"Each argument is one request"},
+	{"-c Ping del a", `unknown request "del a"; did you mean Delete:a ?`,
+		"Each argument is one request"},
+	{"-c -ping Get:x", "-c and -ping do not go together", "Give one: -ping asks"},
+	{"-ping Get:x", `unexpected argument "Get:x"`, "Set flags"},
+	{"-ping localhost:9999", `unexpected argument "localhost:9999"`, "Set flags, as in kvserver -addr"},
+	{"-c -ping", "-c and -ping do not go together", "Give one: -ping asks"},
+	{"-c -data x Ping", "-data is not for -c", "Leave it out"},
+	{"-ping -max-line 100", "-max-line is not for -ping", "Leave it out"},
+	{"-ping -v", "-v is not for -ping", "Leave it out"},
+	{"-c -tls-client-ca x Ping", "-tls-client-ca is not for -c", "Leave it out"},
+	{"-ping -stop", "-stop is not for -ping", "Leave it out"},
+	{"-ping -out x", "-out is not for -ping", "Leave it out"},
+	{"-timeout 5s", "-timeout is not for a server", "Leave it out"},
+	{"-Addr 1", "flag provided but not defined: -Addr", "Did you mean -addr ?"},
+	{"-c -out  Dump", `invalid value "" for flag -out`, "-out takes FILE for what -c would print"},
+	{"-output x -c", "flag provided but not defined: -output", "Did you mean -out ?"},
+	{"--PORT=1", "flag provided but not defined: -PORT", "Did you mean -addr ?"},
+	{"-addr", "flag needs an argument: -addr", "-addr takes PORT (0 to 65535)"},
+	{"-v=maybe", `invalid boolean value "maybe" for -v`,
+		"-v takes 1 or 0: also log every connection."},
+	{"---data", "bad flag syntax: ---data", "kvserver help"},
+	{"-fsync 0s -data x", `invalid value "0s" for flag -fsync`, "-fsync takes WHEN"},
+	{"-data etcd://a:1/kv -fsync 1s", "-fsync is for data on a disk", "Give a directory"},
+	{"-tls-cert c.pem", "-tls-cert and -tls-key go together", "Give the certificate and its key"},
+	{"-tls-client-ca ca.pem", "-tls-cert and -tls-key go together",
+		"Give the certificate and its key"},
+	{"check -v", "check needs DIR, and no flags",
+		"DIR is the server's data directory, NEW is a new one; kvserver help check says more."},
+	{"backup -data copy", "backup needs DIR NEW, and no flags", "DIR is the server's"},
+	{"check a b", "check needs DIR, and no flags", "DIR is the server's"},
+}
+
+// wrongValues are values that a flag does not take.
+var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0",
+	"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
+	"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-addr unix:@x",
+	"-max-clients 0", "-max-clients 1e3",
+	"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
+	"-addr localhost"}
+
+// failuresWithData are those of data directories. program is a file that is none.
+func failuresWithData(t *testing.T, program string) []mistake {
+	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
+	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
+	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+	store := OpenStore(t, inUse)
+	t.Cleanup(func() { store.Close() })
+
+	return []mistake{
+		{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
+			"Nothing was changed. Take out what is not a store's, or give another directory: for new data"},
+		{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
+			"Give the server's data directory. For a new server create it: mkdir -m 700 /no/such/dir"},
+		{"-data " + program, "not a data directory: " + program + " is a file",
+			"Nothing was changed. Take out what is not a store's"},
+		{"-data " + foreign, "not a data directory: " + filepath.Join(foreign, "photo.jpg"),
+			"Nothing was changed. Take out what is not a store's"},
+		{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
+			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
+				damaged},
+		{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
+		{"repair " + inUse + " " + filepath.Join(foreign, "new"),
+			fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
+			"Nothing was changed. Stop that process first"},
+		{"-data " + inUse,
+			fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
+			"Nothing was changed. Stop that process first"},
+		{"check /no/such/dir", "the data directory does not exist", "Give the server's data directory."},
+		{"check " + foreign, "not a data directory: ", "Nothing was changed. Take out what"},
+		{"backup " + inUse + " /no/such/dir", "stat /no/such: ", "Nothing was copied. First create the"},
+	}
+}
+
+// failuresToConnect are those of addresses where nobody can listen, or where nobody answers.
+func failuresToConnect(t *testing.T) []mistake {
+	port, dir := portTaken(t), t.TempDir()
+	file, sock, long := filepath.Join(dir, "photo.jpg"), filepath.Join(dir, "sock"), dir+strings.Repeat("/x", 60)
+	os.WriteFile(file, nil, 0o600)
+
+	return []mistake{
+		{"-addr localhost:0 -http " + port,
+			fmt.Sprintf("cannot listen on localhost:%s: ", port),
+			"Stop what listens there, or choose another port or path. Port 0 takes a free one."},
+		{"-addr 1 -ping", "cannot connect to localhost:1: ",
+			"Start a server there, or name another"},
+		{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
+		{"-addr unix:" + long,
+			"cannot listen on unix:" + long +
+				": bind: invalid argument", "Nothing was changed. Choose another path of at most 100 bytes"},
+		{"-addr unix:" + file,
+			"cannot listen on unix:" + file +
+				": there is a file that is no socket",
+			"Nothing was changed."},
+		{"-addr unix:" + sock + ",unix:" + sock, "cannot listen on unix:" + sock + ": ",
+			"Stop what listens there, or choose another port or path."},
+		{"-addr unix:/no/such/sock", "cannot listen on unix:/no/such/sock: ",
+			"Nothing was changed. Choose another path"},
+		{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
+			"Start a server there"},
+		{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
+			"Start a server there, or name another"},
+		{"-addr " + port + " -timeout 500ms -ping",
+			fmt.Sprintf("cannot connect to localhost:%s: no answer for 500ms", port),
+			"Somebody listens there, and does not answer."},
+		{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server"},
+		{"-addr " + port, fmt.Sprintf("cannot listen on localhost:%s: ", port),
+			"Stop what listens there, or choose another port or path."},
+		{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
+			"This machine has no such name or address. Choose localhost,"},
+		{"-addr no.such.host.invalid:9999", "cannot listen on no.such.host.invalid:9999: ",
+			"This machine has no such name or address. Choose localhost,"},
+	}
+}
+
+// failuresOfTLS are those of certificates, and of servers that do not speak TLS.
+func failuresOfTLS(t *testing.T) []mistake {
+	port, certs := portTaken(t), Certificates(t, "server", "other")
+	pem := func(name string) string { return filepath.Join(certs, name) }
+
+	return []mistake{
+		{"-addr 1 -tls-ca " + pem("ca.pem") + " -ping", "cannot connect to localhost:1: ",
+			"Start a server"},
+		{"-addr " + port + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
+			fmt.Sprintf("cannot connect to localhost:%s: ", port),
+			"Somebody listens there, and does not answer."},
+		{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
+			"cannot use the certificate " + pem("server.pem") + " with the key " + pem("none") + ": open ",
+			"Give files in PEM format, and a key without a password that belongs to its certificate"},
+		{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("other.key"),
+			"cannot use the certificate " + pem("server.pem") + " with the key " + pem("other.key") +
+				": tls: private key does not match", "Give files in PEM format"},
+		{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("server.key") + " -tls-client-ca " +
+			pem("ca.key"), "cannot use the CA " + pem("ca.key") + ": it holds no certificate",
+			"Give files in PEM format"},
+		{"-tls-ca " + pem("none") + " -ping",
+			"cannot connect to localhost:9999: cannot use the CA " + pem("none") + ": open ",
+			"Give files in PEM format"},
+	}
+}
+
+// portTaken returns a port where somebody listens until the test ends, and answers nothing.
+func portTaken(t *testing.T) string {
+	taken, err := net.Listen("tcp", "localhost:0")
+	is.OK(t, err)
+	t.Cleanup(func() { taken.Close() })
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	return port
 }
 
 // RepairBesideASilentEtcd ensures that a command says soon why nothing happens if etcd does not
