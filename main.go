@@ -388,22 +388,19 @@ func suggest(prefix, name string, names []string) string {
 	return seeHelp
 }
 
-// flagProblem returns an error of flags.Parse, which names the flag, with what to do about it.
+// flagProblem returns an error of flags.Parse, whose last word with a hyphen is the flag, with what
+// to do about it.
 func flagProblem(flags *flag.FlagSet, err error) error {
-	todo, names := seeHelp, []string(nil)
-	flags.VisitAll(func(f *flag.Flag) {
-		names = append(names, f.Name)
-		if strings.Contains(err.Error()+":", " -"+f.Name+":") { // its value is wrong, or missing
-			todo = explain("-"+f.Name, f)
-		}
-	})
+	name, _, _ := strings.Cut(err.Error()[strings.LastIndex(err.Error(), " -")+2:], ":")
+	if f := flags.Lookup(name); f != nil { // its value is wrong, or missing
+		return problem(err.Error(), explain("-"+name, f))
+	}
 
 	// The flag may be one that other programs have.
-	if name, isUnknown := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); isUnknown {
-		name = strings.ToLower(name)
-		todo = suggest("-", cmp.Or(otherFlags[name], name), names)
-	}
-	return problem(err.Error(), todo)
+	var names []string
+	flags.VisitAll(func(f *flag.Flag) { names = append(names, f.Name) })
+	name = strings.ToLower(name)
+	return problem(err.Error(), suggest("-", cmp.Or(otherFlags[name], name), names))
 }
 
 // The names that other programs have for our flags, and words that they take, with what to do here.
@@ -411,7 +408,7 @@ var (
 	otherFlags = map[string]string{"port": "addr", "p": "addr", "host": "addr", "listen": "addr",
 		"bind": "addr", "d": "data", "dir": "data", "datadir": "data", "verbose": "v",
 		"client": "c", "metrics": "http", "o": "out", "output": "out", "cert": "tls-cert",
-		"key": "tls-key", "ca": "tls-ca", "maxmemory": "max-memory"}
+		"key": "tls-key", "ca": "tls-ca"}
 	otherWords = map[string]string{"serve": leaveOut, "server": leaveOut, "start": leaveOut,
 		"run": leaveOut, "stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID.",
 		"version": "Did you mean kvserver -version ?", "ping": "Did you mean kvserver -ping ?",
@@ -531,11 +528,10 @@ func parseSize(text string) (int64, error) {
 // version returns the module version that the binary was built from: a tag, or the time and the
 // hash of a commit, with +dirty at the end if files were changed after the commit.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return strings.Trim(info.Main.Version, "()")
 	}
-	return strings.Trim(info.Main.Version, "()")
+	return "unknown"
 }
 
 // ---- the log
