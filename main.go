@@ -102,9 +102,7 @@ func main() {
 	if err == nil && lost != nil && !isAny(lost, os.ErrClosed, os.ErrInvalid) {
 		err = problem("cannot write the output: "+lost.Error(), "Make room where it goes.")
 	}
-	if err != nil && !errors.Is(err, errTold) {
-		new(config).tell(os.Stderr, err)
-	}
+	new(config).tell(os.Stderr, err)
 
 	// A script can tell a wrong command line from a failure.
 	switch {
@@ -148,8 +146,12 @@ var errTold = errors.New("it was reported")
 func problem(what, todo string) error { return storage.NewError(what, todo) }
 
 // tell writes to w what is wrong and what to do: two lines of text, or one line of JSON where a
-// server is to log in JSON. It returns errTold.
+// server is to log in JSON. It returns errTold; but nil, and what was told before, as they are.
 func (c *config) tell(w io.Writer, err error) error {
+	if err == nil || errors.Is(err, errTold) {
+		return err
+	}
+
 	todo := storage.Advice(err)
 	if c.log == "json" && !c.client && !c.ping {
 		slog.New(slog.NewJSONHandler(w, nil)).Error("the server does not start", "error", err, "todo", todo)
@@ -630,11 +632,7 @@ func beServer(c config) error {
 	defer log.flush()
 
 	// The log may be a pipe that nobody reads, so the error goes through the log's queue, too.
-	err := serve(c, log)
-	if err != nil && !errors.Is(err, errTold) {
-		err = c.tell(log, err)
-	}
-	return err
+	return c.tell(log, serve(c, log))
 }
 
 // serve opens the store, listens, serves and stops. An error from before it serves is returned; a
