@@ -935,44 +935,6 @@ func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config,
 	return &tls.Config{GetConfigForClient: now}, nil
 }
 
-// load reads the files again, and sets current if what is in them has changed: a new file may have
-// the old one's size and time.
-func (k *credentials) load() error {
-	c, now := k.files, k.current.Load()
-
-	// A pipe was read once, and again might take for ever: what came from it stays.
-	if isPipe(c.cert) || isPipe(c.key) {
-		c.cert = ""
-	}
-	if isPipe(c.clientCA) {
-		c.clientCA = ""
-	}
-
-	config, err := storage.TLSConfig(c.cert, c.key, c.clientCA)
-	if err != nil {
-		return err
-	}
-	if c.cert == "" {
-		config.Certificates = now.Certificates
-	}
-	if c.clientCA == "" {
-		config.ClientCAs, config.ClientAuth = now.ClientCAs, now.ClientAuth
-	}
-
-	if !config.ClientCAs.Equal(now.ClientCAs) || !slices.EqualFunc(config.Certificates[0].Certificate,
-		now.Certificates[0].Certificate, bytes.Equal) {
-		k.current.Store(config)
-		k.next = time.Time{}
-	}
-	return nil
-}
-
-// isPipe reports whether there is something at path that is no regular file.
-func isPipe(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && !info.Mode().IsRegular()
-}
-
 // warn logs at what time a new certificate ends, and again every warnAgain once that is near.
 func (k *credentials) warn(now time.Time) {
 	if now.Before(k.next) {
@@ -1010,9 +972,14 @@ func (k *credentials) watch(again <-chan os.Signal) {
 		}
 
 		// A bad file may be half of a good one that is being written.
-		err := k.load()
-		if err != nil && err.Error() != told {
+		old, files := k.current.Load(), k.files
+		config, err := storage.ReadTLSAgain(old, files.cert, files.key, files.clientCA)
+		switch {
+		case err != nil && err.Error() != told:
 			k.log.Warn("cannot read the certificates again, so the old ones stay in use", "error", err)
+		case err == nil && config != old:
+			k.current.Store(config)
+			k.next = time.Time{}
 		}
 		told = fmt.Sprint(err)
 		k.warn(time.Now())

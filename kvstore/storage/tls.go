@@ -1,12 +1,14 @@
 package storage
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 )
 
 // TLSConfig returns the configuration of TLS for a server or a client. Its arguments are files in PEM
@@ -36,6 +38,41 @@ func TLSConfig(cert, key, ca string) (*tls.Config, error) {
 		config.ClientAuth = tls.RequireAndVerifyClientCert
 	}
 	return config, nil
+}
+
+// ReadTLSAgain reads the files of a server's config again. It returns config itself if what is in them
+// is the same: a new file may have the old one's size and time.
+func ReadTLSAgain(config *tls.Config, cert, key, ca string) (*tls.Config, error) {
+	// A pipe was read once, and again might take for ever: what came from it stays.
+	if isPipe(cert) || isPipe(key) {
+		cert = ""
+	}
+	if isPipe(ca) {
+		ca = ""
+	}
+
+	now, err := TLSConfig(cert, key, ca)
+	if err != nil {
+		return nil, err
+	}
+	if cert == "" {
+		now.Certificates = config.Certificates
+	}
+	if ca == "" {
+		now.ClientCAs, now.ClientAuth = config.ClientCAs, config.ClientAuth
+	}
+
+	if now.ClientCAs.Equal(config.ClientCAs) && slices.EqualFunc(now.Certificates[0].Certificate,
+		config.Certificates[0].Certificate, bytes.Equal) {
+		return config, nil
+	}
+	return now, nil
+}
+
+// isPipe reports whether there is something at path that is no regular file.
+func isPipe(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && !info.Mode().IsRegular()
 }
 
 // pemError returns err, of using files in PEM format, with advice.
