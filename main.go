@@ -11,7 +11,7 @@
 //	query.go   Query: parse a line, run it, format the reply
 //	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
 //
-// The glossary:
+// The glossary (package durable has the words about files):
 //
 //	line      bytes from a client up to a newline; each line that is not blank is a request
 //	request   what a client asks for; a Query is a request on its way through the server
@@ -32,13 +32,7 @@
 //	share     how much of workLoop's time a client has had; a client that had much waits for its turn
 //	snapshot  the store as it was at one moment; Keys, Dump and compaction each read one, and
 //	          compaction writes it to a file, snap-N.log
-//	log       in kvstore the data's, seg-N.log, also called the journal; elsewhere the lines that
-//	          the server writes for people
-//	frame     records of one Commit in the log, with a checksum; a frame without records says what
-//	          is on disk, or how the log goes on
-//	segment   a file of the log, seg-N.log. A full one is finished: the log goes on in the next.
-//	          Compaction replaces full ones by one snapshot file
-//	spoiled   a file that somebody else has changed or removed; a heal writes all data again
+//	log       the lines that the server writes for people; in kvstore the data's, see there
 package main
 
 import (

@@ -9,6 +9,15 @@
 //	compact.go  a snapshot replaces full files
 //	heal.go     files that others remove or change while the server runs
 //	check.go, repair.go, backup.go  the commands of these names
+//
+// The glossary:
+//
+//	log      the data's, seg-N.log, also called the journal; only Options.Log is for people
+//	frame    records of one Commit in the log, with a checksum; a frame without records says what
+//	         is on disk, or how the log goes on
+//	segment  a file of the log, seg-N.log. A full one is finished: the log goes on in the next.
+//	         Compaction replaces full ones by one snapshot file, snap-N.log
+//	spoiled  a file that somebody else has changed or removed; a heal writes all data again
 package durable
 
 import (
