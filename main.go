@@ -659,7 +659,7 @@ func serve(c config, log *queuedLog) error {
 		log.Info("stopped while opening the data")
 		return nil
 	case err != nil:
-		return err
+		return storage.Advise(c.data, err)
 	}
 
 	listeners, err := listenFor(c)
@@ -727,14 +727,14 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	log.Info("opening the data", "at", c.data)
 	dir, err := openDirectory(ctx, c.data, etcd.Options{Addr: c.addr, Log: s.log, Status: s.status})
 	if err != nil {
-		return nil, storage.Advise(c.data, err)
+		return nil, err
 	}
 
 	fsync, _ := durable.ParseFsync(c.fsync) // parseFlags has checked it
 	store, err = durable.Open(ctx, dir, durable.Options{Fsync: fsync, Log: s.log, Status: s.status})
 	if err != nil {
 		dir.Close()
-		return nil, storage.Advise(c.data, err)
+		return nil, err
 	}
 
 	s.db = store
@@ -846,14 +846,15 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 
 // stop closes s, and then data. It logs failure, or the error of closing data, and returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
-	// The cause is logged first, because the end may take seconds.
-	tell := func(failure error) error {
-		p := storage.Advise(c.data, failure)
+	tell := func(err error) {
+		p := storage.Advise(c.data, err)
 		log.Error("the data cannot be kept any more, so the server ends", "error", p, "todo", storage.Advice(p))
-		return errTold
+		failure = errTold
 	}
+
+	// The cause is logged first, because the end may take seconds.
 	if failure != nil {
-		failure = tell(failure)
+		tell(failure)
 	}
 
 	// If this takes too long, giveUp ends the process.
@@ -864,7 +865,7 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 
 	// The server has ended, so nobody changes the data any more.
 	if err := data.Close(); err != nil && failure == nil {
-		failure = tell(err)
+		tell(err)
 	}
 	return failure
 }
@@ -1005,18 +1006,10 @@ func runCommand(command string, args []string, out io.Writer) error {
 	for _, line := range report.Lines {
 		fmt.Fprintln(out, line)
 	}
-	if err != nil {
-		return storage.Advise(path, err)
+	if err = cmp.Or(err, report.Err); err != nil {
+		err = storage.Advise(path, err)
 	}
-
-	switch {
-	case command == "check" && report.Damaged:
-		return storage.Advise(path, &storage.DamageError{File: path, What: "see above"})
-	case report.Lost:
-		return problem("some of what was in "+path+" is lost",
-			"A server can use what was saved. If a Delete was lost, old values are back.")
-	}
-	return nil
+	return err
 }
 
 // printManual prints the parts of the README that have all words in their heading; without words
@@ -1287,8 +1280,6 @@ func dialProblem(addrs string, err error) error {
 	todo := "Start a server there, or name another with -addr. A server that still loads its data does " +
 		"not listen yet: look at its log."
 	switch {
-	case storage.Advice(err) != "":
-		todo = storage.Advice(err)
 	case strings.Contains(addrs, ","):
 		todo = "None of them serves. One that stands by does not listen."
 	case errors.Is(err, fs.ErrPermission):
@@ -1296,13 +1287,13 @@ func dialProblem(addrs string, err error) error {
 	case isAny(err, context.DeadlineExceeded, errQuiet):
 		todo = "Somebody listens there, and does not answer. Look at its log, or try again with a " +
 			"longer -timeout."
-	case errors.As(err, new(tls.AlertError)), strings.Contains(err.Error(), "remote error: tls: "):
+	case strings.Contains(err.Error(), "remote error: tls: "):
 		todo = "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."
 	case !isDial:
 		todo = "Somebody answers there. With TLS give a host name that is in its certificate, and the " +
 			"certificate's CA as -tls-ca; without TLS give no -tls-ca."
 	}
-	return problem(fmt.Sprintf("cannot connect to %s: %v", addrs, err), todo)
+	return problem(fmt.Sprintf("cannot connect to %s: %v", addrs, err), cmp.Or(storage.Advice(err), todo))
 }
 
 // greet makes r and owed, sends an Ack, and fails if the answer is not a kvserver's.
@@ -1551,8 +1542,6 @@ func (t *talker) problem(err error) error {
 
 	todo := "What was answered is done. The rest may be done or not: look, then " + goOn
 	switch {
-	case storage.Advice(err) != "":
-		todo = storage.Advice(err)
 	case t.answered > 0 && t.answered == t.quit:
 		todo = "Nothing after a Quit is run. Leave it out, and " + goOn
 	case errors.Is(err, errStopped):
@@ -1560,5 +1549,5 @@ func (t *talker) problem(err error) error {
 	case len(t.owed) == 0 && !errors.Is(err, errUnasked):
 		todo = "All that was sent is answered, so " + goOn
 	}
-	return problem(what, todo)
+	return problem(what, cmp.Or(storage.Advice(err), todo))
 }

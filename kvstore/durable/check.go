@@ -17,6 +17,10 @@ type Report struct {
 	Damaged bool // something that was once on disk is not as it was written
 	Lost    bool // by Repair: some of the damaged data could not be saved
 
+	// Err is what all of it comes to: a DamageError of a Check that has found damage, ErrLost of a
+	// Repair that could not save everything.
+	Err error
+
 	missing bool // a file was missing
 }
 
@@ -61,6 +65,9 @@ func Check(dir storage.Directory) (r Report, err error) {
 		// A process that writes may have made or removed a file meanwhile.
 		return errors.Is(err, fs.ErrNotExist) || r.missing && inUse
 	})
+	if r.Damaged {
+		r.Err = &storage.DamageError{File: dir.Path(""), What: "see above"}
+	}
 	return r, err
 }
 

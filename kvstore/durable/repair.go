@@ -16,6 +16,10 @@ import (
 var ErrNothingRead = storage.NewError("not one frame can be read",
 	"The data is lost. Restore a backup, or start empty.")
 
+// ErrLost is in the report of a Repair that could not save everything.
+var ErrLost = storage.NewError("some of what was there is lost",
+	"A server can use what was saved. If a Delete was lost, old values are back.")
+
 // Repair makes a store of what can still be read in dir, and reports what could not be read. The
 // new store is in out, which must be empty. Repair changes nothing in dir.
 //
@@ -58,6 +62,9 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, err
 	}
 
+	if r.Lost {
+		r.Err = fmt.Errorf("%w: %s", ErrLost, dir.Path(""))
+	}
 	keys, values, bytes := s.m.Size()
 	r.say("saved   %d keys, %d values, %d bytes of data to %s", keys, values, bytes, out.Path(""))
 	return r, nil
