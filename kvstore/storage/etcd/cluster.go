@@ -236,10 +236,10 @@ func named(err error) error {
 // isUntrusted reports whether TLS has failed: one side of a connection does not trust the other, or
 // one of them does not speak TLS.
 func isUntrusted(err error) bool {
-	alert, record := tls.AlertError(0), tls.RecordHeaderError{}
-	certificate := (*tls.CertificateVerificationError)(nil)
-	return errors.As(err, &alert) || errors.As(err, &record) || errors.As(err, &certificate) ||
-		errors.Is(err, http.ErrSchemeMismatch)
+	record, certificate := tls.RecordHeaderError{}, (*tls.CertificateVerificationError)(nil)
+	alert := (*net.OpError)(nil) // the other side's, with the Op "remote error"
+	return errors.As(err, &alert) && alert.Op == "remote error" || errors.As(err, &record) ||
+		errors.As(err, &certificate) || errors.Is(err, http.ErrSchemeMismatch)
 }
 
 // newCluster returns a client for the members at hosts. With TLS, query may name the files ca, cert

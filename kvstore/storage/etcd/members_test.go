@@ -5,11 +5,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -120,6 +123,12 @@ func TestEtcdRefusals(t *testing.T) {
 	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
 	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	defer encrypted.Close()
+	picky := httptest.NewUnstartedServer(http.NotFoundHandler())
+	picky.TLS, picky.Config.ErrorLog = &tls.Config{ClientAuth: tls.RequireAnyClientCert}, encrypted.Config.ErrorLog
+	picky.StartTLS()
+	defer picky.Close()
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: picky.Certificate().Raw}), 0o600)
 	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
 	for address, want := range map[string]error{
 		"etcd:/host:1/kv":                  ErrAddress,
@@ -132,6 +141,8 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
 		"etcds://" + at(plain) + "/kv":     ErrRefused,
 		"etcds://" + at(encrypted) + "/kv": ErrRefused, // whose certificate nobody knows
+
+		"etcds://" + at(picky) + "/kv?ca=" + ca:                        ErrRefused, // it wants a certificate
 		"etcds://host:1/kv?ca=" + filepath.Join(t.TempDir(), "none"):   ErrRefused,
 		"etcds://host:1/kv?cert=" + filepath.Join(t.TempDir(), "none"): ErrRefused,
 	} {
