@@ -421,15 +421,22 @@ func (c config) checkRequests() error {
 			word := strings.ToLower(request)
 			meant := suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)))
 			if meant == seeHelp {
-				meant = "Set flags, as in kvserver -addr 9999, or send a request: kvserver -c " + request
+				example := "Get:a"
+				if refusal(request) == "" {
+					example = request
+				}
+				meant = "Set flags, as in kvserver -addr 9999, or send a request: kvserver -c " + example
 			}
 			return problem(fmt.Sprintf("unexpected argument %q: everything is set by flags", request),
 				cmp.Or(otherWords[word], meant))
 		}
 
-		// Two arguments that are no requests may be the words of one.
+		// Two arguments that are no requests may be the words of one. A single one may be a file.
 		why, rest := "", c.requests[i:]
 		switch {
+		case len(c.requests) == 1 && refusal(request) != "" && isFile(request):
+			return problem(fmt.Sprintf("%q is a file, not a request", request),
+				"Send the lines in it: kvserver -c < "+request)
 		case trimCR(request) == "" || request[0] == '-' || strings.Contains(request, "\n"):
 			why = fmt.Sprintf("%q is not one request", request)
 		case len(rest) > 1 && !strings.Contains(request, ":") && refusal(request) != "" &&
@@ -442,6 +449,12 @@ func (c config) checkRequests() error {
 		}
 	}
 	return nil
+}
+
+// isFile reports whether there is a file at path, and no directory.
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && !info.IsDir()
 }
 
 // checkFlags returns which flags exclude each other, or are not for this process, a server or a
@@ -947,7 +960,7 @@ func (k *credentials) warn(now time.Time) {
 	case left <= warnAhead:
 		log.Warn("the certificate ends soon" + mend)
 	default:
-		log.Info("the certificate is read")
+		log.Info("the certificate in use is valid")
 		pause = left - warnAhead
 	}
 	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set

@@ -748,6 +748,26 @@ func (f *farConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Ensure that a certificate that could not be read again is not said to be read.
+func TestTLSCertificateThatIsGone(t *testing.T) {
+	dir := command.Certificates(t, "server") // of today, which is years ahead in the bubble
+	c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key")}
+	synctest.Test(t, func(t *testing.T) {
+		var log screen
+		again := make(chan os.Signal)
+		_, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
+		is.OK(t, err)
+		os.Remove(c.key)
+		log.take()
+		again <- syscall.SIGHUP
+		synctest.Wait()
+		if told := log.take(); !strings.Contains(told, "cannot read") || strings.Contains(told, "is read") {
+			t.Errorf("the log says %s", told)
+		}
+		close(again)
+	})
+}
+
 // ---- main.go: the client in the binary
 
 // Ensure that kvserver -c prints data and errors to the right outputs, counts lines as its user
