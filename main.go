@@ -2,8 +2,8 @@
 //
 // The map of the code:
 //
-//	main.go    flags and the environment; the log; start and stop; certificates; the commands
-//	           help, check, repair and backup; the client (kvserver -c, -ping)
+//	main.go    flags and the environment; the log; start and stop; the commands help, check, repair
+//	           and backup; the client (kvserver -c, -ping)
 //	server.go  keyValueServer: listening, its accept goroutines, and workLoop, which owns the store
 //	           and the clients; -max-memory; TLS handshakes; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which cuts
@@ -59,7 +59,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -754,6 +753,11 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	return store, nil
 }
 
+// serverTLS reads the certificates of a server, which are read again when again receives a signal.
+func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
+	return storage.WatchTLS(c.cert, c.key, c.clientCA, log, again)
+}
+
 // openDirectory opens a directory of the file system, or one in an etcd cluster.
 func openDirectory(ctx context.Context, path string, opts etcd.Options) (storage.Directory, error) {
 	if etcd.IsAddress(path) {
@@ -905,93 +909,6 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 		"limit", stopTime, "fsync", data.Syncing())
 	log.flush()
 	os.Exit(exitFailure)
-}
-
-// ---- certificates
-
-// Times of certificates.
-const (
-	lookAgain = 10 * time.Second    // between two reads of the files
-	warnAhead = 14 * 24 * time.Hour // before the certificate ends
-	warnAgain = 24 * time.Hour      // between two warnings
-)
-
-// credentials are what a server shows to its clients, and wants to see of them. After serverTLS they
-// belong to watch.
-type credentials struct {
-	files   config
-	log     *slog.Logger
-	current atomic.Pointer[tls.Config] // for new connections; watch stores, handshakes load
-	next    time.Time                  // when to log again at what time the certificate ends
-}
-
-// serverTLS reads the server's certificate and, if clients must show one, the CA of theirs. It
-// starts watch, which reads these files again; new ones are for new connections only.
-func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	first, err := storage.TLSConfig(c.cert, c.key, c.clientCA)
-	if err != nil {
-		return nil, err
-	}
-
-	k := &credentials{files: c, log: log}
-	k.current.Store(first)
-	k.warn(time.Now())
-	go k.watch(again)
-
-	// Each handshake uses the files that were read last.
-	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
-	return &tls.Config{GetConfigForClient: now}, nil
-}
-
-// warn logs at what time a new certificate ends, and again every warnAgain once that is near.
-func (k *credentials) warn(now time.Time) {
-	if now.Before(k.next) {
-		return
-	}
-
-	const mend = "; put a new one into its file, which is read within ten seconds"
-	end := k.current.Load().Certificates[0].Leaf.NotAfter
-	log, left := k.log.With("file", k.files.cert, "until", end), end.Sub(now)
-	pause := min(warnAgain, left)
-	switch {
-	case left <= 0:
-		log.Error("the certificate has ended: clients refuse it" + mend)
-		pause = warnAgain
-	case left <= warnAhead:
-		log.Warn("the certificate ends soon" + mend)
-	default:
-		log.Info("the certificate in use is valid")
-		pause = left - warnAhead
-	}
-	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set
-}
-
-// watch reads the files every lookAgain, and when again receives a signal. It runs as one goroutine
-// until again is closed (by a test) or the process ends.
-func (k *credentials) watch(again <-chan os.Signal) {
-	tick := time.NewTicker(lookAgain)
-	defer tick.Stop()
-	told := "" // the error of the last read
-	for isOpen := true; isOpen; {
-		select {
-		case <-tick.C:
-		case _, isOpen = <-again: // somebody waits for a line in the log
-			told, k.next = "", time.Time{}
-		}
-
-		// A bad file may be half of a good one that is being written.
-		old, files := k.current.Load(), k.files
-		config, err := storage.ReadTLSAgain(old, files.cert, files.key, files.clientCA)
-		switch {
-		case err != nil && err.Error() != told:
-			k.log.Warn("cannot read the certificates again, so the old ones stay in use", "error", err)
-		case err == nil && config != old:
-			k.current.Store(config)
-			k.next = time.Time{}
-		}
-		told = fmt.Sprint(err)
-		k.warn(time.Now())
-	}
 }
 
 // ---- the commands: help, check, repair, backup

@@ -609,7 +609,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 				is.Equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
 			}
 		}
-		const look = lookAgain + time.Second
+		const look = storage.LookAgain + time.Second
 		bad := map[string]int{"cannot read the certificates again": 1}
 
 		world.Pass(look)
@@ -655,7 +655,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		world.Pass(look)
 		log.take()
 		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within ten seconds": 1})
-		wantLog(warnAgain, map[string]int{"has ended": 1, "ends soon": 0})
+		wantLog(storage.WarnAgain, map[string]int{"has ended": 1, "ends soon": 0})
 		close(again)
 	})
 }

@@ -4,7 +4,8 @@
 //	storage.go  the contract: Directory, Lock, File, Stamp, and the errors of all directories
 //	disk.go     Disk, a Directory in the file system
 //	lock.go     the lock of a Disk: who holds it, and how its loss is noticed
-//	tls.go      certificates in files, for a connection to where a store is kept, or to a server
+//	tls.go      certificates in files, for a connection to where a store is kept, or to a server; a
+//	            server's are read again while they are in use
 //	status.go   what a store reports about itself while it is opened and used
 //	lock_*.go, sync_*.go, limit_*.go  what differs between operating systems
 package storage
