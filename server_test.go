@@ -298,6 +298,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 	for why, todo := range map[error]string{
 		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
+		syscall.EROFS:      `Mount its file system for writing, or give another directory. kvserver check "/n`,
 		syscall.ENOSPC:     "Make room, or mend what else is wrong, then start again",
 	} {
 		wantTodo(t, storage.Advise("/none\n", why), todo)

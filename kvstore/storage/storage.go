@@ -158,6 +158,9 @@ func Advise(path string, err error) error {
 		advice = "Nothing was changed. Restore a backup, or save what can be saved: kvserver repair DIR NEW"
 	case errors.Is(err, fs.ErrPermission):
 		advice = "Start as the user who owns it, or let yours read and write it."
+	case errors.Is(err, syscall.EROFS):
+		advice = "Mount its file system for writing, or give another directory. kvserver check DIR and " +
+			"kvserver backup DIR NEW only read it."
 	default:
 		advice = "Make room, or mend what else is wrong, then start again. What a server has answered is " +
 			"kept, but with another -fsync than always perhaps not the last writes: look."
