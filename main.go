@@ -346,28 +346,34 @@ func explain(name string, f *flag.Flag) string {
 	return name + " takes " + does + "."
 }
 
+// envPrefix begins the names of our variables in the environment.
+const envPrefix = "KVSERVER_"
+
 // variable returns the name of a flag's variable in the environment; "": it has none.
 func variable(f *flag.Flag) string {
 	if slices.Contains(nowFlags, f.Name) { // others often set KVSERVER_VERSION for their own use
 		return ""
 	}
-	return "KVSERVER_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
 }
 
 // warnOfVariables logs the variables whose names begin like ours but are unknown, and which of ours
 // they may stand for. It is only a warning, because a newer kvserver may know them.
 func warnOfVariables(log *slog.Logger, environment []string) {
 	var ours []string
-	new(config).flags().VisitAll(func(f *flag.Flag) { ours = append(ours, variable(f)) })
+	new(config).flags().VisitAll(func(f *flag.Flag) {
+		ours = append(ours, strings.TrimPrefix(variable(f), envPrefix))
+	})
 
 	// Kubernetes sets some for a service named kvserver.
-	others := regexp.MustCompile("^KVSERVER_((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
+	others := regexp.MustCompile("^((VERSION|PORT|ETCD_USER)$|(SERVICE|PORT|TEST)_)")
 	for _, line := range environment {
 		name, _, _ := strings.Cut(line, "=")
+		name, isOurs := strings.CutPrefix(name, envPrefix)
 		isKnown := slices.Contains(ours, name) || others.MatchString(name)
-		if strings.HasPrefix(name, "KVSERVER_") && !isKnown {
+		if isOurs && !isKnown {
 			log.Warn("unknown variable in the environment: it does nothing",
-				"name", name, "todo", suggest("", name, ours))
+				"name", envPrefix+name, "todo", suggest(envPrefix, name, ours))
 		}
 	}
 }

@@ -313,11 +313,11 @@ func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
 		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
 		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
-		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999",
+		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999", "KVSERVER_C=1",
 	})
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 2 || !strings.Contains(lines[0],
-		"name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
+	if len(lines) != 3 || !strings.Contains(lines[2], "name=KVSERVER_C todo=\"kvserver help flags") ||
+		!strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
 		!strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
 		t.Errorf("the log says\n%s", &log)
 	}
