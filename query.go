@@ -161,8 +161,8 @@ const needsKey = "a key, without a colon in it"
 
 // verbs has a row for each queryType that is parsed, run or answered. (Other places that know a verb
 // by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here Take in
-// mayWait, Expire in parseExpire, Get in appendLine, Help in init, Help and Quit in lookUp; Ack, Ping
-// and Quit in main.go.)
+// mayWait, Expire in parseExpire, Get in appendLine, Delete in removes, Help in init, Help and Quit in
+// lookUp, and what other servers call it in dialects; Ack, Ping and Quit in main.go.)
 // To add a verb, add:
 //
 //   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the

@@ -95,7 +95,8 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
 	}
 
-	// After a crash before STORE, no start takes the directory for a store.
+	// STORE comes last. Without it no start takes the directory for a store, except for a new one if
+	// nothing has been copied yet.
 	defer closeLogs(c.logs)
 	for !c.done {
 		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)
