@@ -239,6 +239,14 @@ func checkSlabs(t *testing.T, m *Memory) {
 				a.written)
 		}
 	}
+	for b, slabs := range m.buckets {
+		for place, k := range slabs {
+			if a := m.accounts[k]; a.bucket != b || a.place != place {
+				t.Fatalf("bucket %d has slab %d at place %d, which is in bucket %d at place %d", b, k,
+					place, a.bucket, a.place)
+			}
+		}
+	}
 	if len(m.free) > freeMost {
 		t.Fatalf("%d pieces of memory are free, want at most %d", len(m.free), freeMost)
 	}
@@ -632,6 +640,21 @@ func TestSearchComparesLittle(t *testing.T) {
 	}
 }
 
+// Ensure that a hint which is wrong, as behind damage in the log, costs no more than a search.
+func TestHintMayBeWrong(t *testing.T) {
+	const values = maxShort + 1
+	for _, hint := range []int{0, values - 1, values, math.MaxInt32} {
+		store := NewMemory()
+		for i := range values {
+			store.Put("key", fmt.Sprint(i))
+		}
+		updated, removed := store.UpdateAt("key", "3", "new", hint), store.RemoveAt("key", "4", hint)
+		if updated != 3 || removed != 3 {
+			t.Errorf("with the hint %d the values at %d and %d went, want 3 and 3", hint, updated, removed)
+		}
+	}
+}
+
 // Ensure that a View with room for its values allocates nothing.
 func TestViewAllocatesNothing(t *testing.T) {
 	store := NewMemory()
@@ -710,8 +733,8 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 		return at
 	}
 	write := func() {
-		for i := range 1000 {
-			store.Set(fmt.Sprint("new", i), value)
+		for i := range 20_000 { // several slabs, in which entries die
+			store.Set(fmt.Sprint("new", i%5000), value)
 		}
 	}
 	before := places()
