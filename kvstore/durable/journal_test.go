@@ -20,15 +20,17 @@ import (
 	"time"
 )
 
-// Ensure that a rotation that fails is tried again, and that the store goes on in the old
-// file until then.
+// Ensure that a rotation that fails is tried again, once in rotateTime, and that the store goes on in
+// the old file until then.
 func TestRotationIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
 			dir := storetest.New()
 			var refuses atomic.Bool // to create a file; no other call fails
+			tries := 0
 			dir.Before = func(c storetest.Call) error {
 				if c.What == "create" && refuses.Load() {
+					tries++
 					return &os.PathError{Op: "open", Path: c.Name, Err: failure}
 				}
 				return nil
@@ -53,11 +55,12 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			refuses.Store(true)
 			for range 30 {
 				put()
+				put() // too soon for the next try
 				<-time.After(rotateTime)
 			}
-			if d.number() != 1 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
+			if d.number() != 1 || tries > 30 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
 				strings.Count(log.String(), "level=ERROR") != 1 {
-				t.Errorf("%v: in file %d, the log says\n%s", failure, d.number(), &log)
+				t.Errorf("%v: in file %d after %d tries, the log says\n%s", failure, d.number(), tries, &log)
 			}
 			refuses.Store(false)
 			<-time.After(rotateTime)
@@ -696,25 +699,34 @@ func (f slowFile) Sync() error {
 	return err
 }
 
-// Ensure that the timer's fsync does not count for what is written while it lasts.
+// Ensure that the timer's fsync does not count for what is written while it lasts: it is synced
+// soon, and until then no frame says that it is.
 func TestWriteDuringFsync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := &slowDir{Dir: storetest.New()}
-		d, err := openSmall(dir, Options{Fsync: time.Second})
-		if err != nil {
-			t.Fatal(err)
+		dir, d := newSmall(t, Options{Fsync: time.Second})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" {
+				<-time.After(time.Second)
+			}
+			return nil
 		}
-		dir.syncing.Store(int64(time.Second))
 		d.Put("a", "1")
 		d.Commit()
 		<-time.After(3 * time.Second / 2)
-		d.Put("b", "2")
+		d.Put("b", strings.Repeat("v", 700)) // it begins in another sector than the next frame
 		d.Commit()
-		<-time.After(5 * time.Second)
-		if after, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
-			Options{}); err != nil || len(after.Get("b")) != 1 {
-			t.Errorf("long after the fsync was due a power failure leaves %q, %v", after.Get("b"),
-				err)
+		for _, pause := range []time.Duration{time.Second, 5 * time.Second} {
+			<-time.After(pause)
+			for seed := range uint64(20) {
+				after, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
+					Options{})
+				if err != nil {
+					t.Fatalf("%v later what a power failure leaves is refused: %v", pause, err)
+				}
+				if pause > time.Second && after.Count("b") != 1 {
+					t.Fatal("long after the fsync was due a power failure takes what was answered")
+				}
+			}
 		}
 		d.Close()
 	})
