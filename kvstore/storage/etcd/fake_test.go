@@ -87,6 +87,7 @@ const (
 	cutOff      etcdFault = "the process is cut off from then on"
 	doubtful    etcdFault = "the answer is lost, and its repetition is refused by all members"
 	tooLate     etcdFault = "the answer comes when nobody waits for it any more"
+	slowAnswer  etcdFault = "the answer comes just before its sender would give up"
 )
 
 func newFakeEtcd() *fakeEtcd {
@@ -182,6 +183,13 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		<-r.Context().Done()
 		w.mu.Lock()
 		return nil, r.Context().Err()
+	case slowAnswer:
+		w.mu.Unlock()
+		err := wait(r.Context(), requestTime-pauseTime)
+		w.mu.Lock()
+		if err != nil {
+			return nil, err
+		}
 	case killedAfter:
 		w.dead = true
 		fallthrough

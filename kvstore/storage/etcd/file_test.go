@@ -174,6 +174,10 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int, stays bool) (reached
 		if stays && answered < int64(len(random)) {
 			t.Errorf("request %d: %v", n, lock.Held())
 		}
+		pieces := e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count
+		if counted := dir.pieces.Load(); stays && counted != pieces {
+			t.Errorf("request %d: %d pieces are counted, and %d are there", n, counted, pieces)
+		}
 		reader, _ := e.dir(t, t.Context(), "")
 		again, size, err := reader.Open("file")
 		if err != nil {

@@ -87,6 +87,34 @@ func TestEtcdTakeover(t *testing.T) {
 	}
 }
 
+// Ensure that a server that is cut off answers nothing once another one has taken over, even if the
+// answer to its last sign of life has come late.
+func TestEtcdTakeoverBehindALateAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		first, w := e.open(t)
+		<-time.After(3*time.Second + beatTime/2)
+		w.mu.Lock()
+		w.at, w.fault = w.requests+1, slowAnswer
+		w.mu.Unlock()
+		<-time.After(beatTime)
+		w.setCut(true)
+		second, _ := e.open(t)
+		first.Get("k")
+		done := make(chan error, 1)
+		go func() { done <- first.Commit() }()
+		synctest.Wait()
+		if len(done) > 0 {
+			t.Errorf("beside the server that has taken over a Commit after a Get returns %v", <-done)
+			done <- nil
+		}
+		w.setCut(false)
+		<-done
+		first.Close()
+		second.Close()
+	})
+}
+
 // Ensure that of several servers that start together one serves at a time, and each gets its turn;
 // that a server that waits says for which one; and that a clean stop hands the store over at once.
 func TestEtcdStandby(t *testing.T) {

@@ -124,7 +124,7 @@ func (p *process) draw() etcdFault {
 	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate}[p.draws.IntN(5)]
+	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, slowAnswer}[p.draws.IntN(6)]
 }
 
 // opened judges how a start has ended, and reports whether the server serves.
