@@ -234,6 +234,9 @@ func refused() []Conversation {
 			":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 		{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
 			":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
+		{"no part of a long line is offered", "set a b" + strings.Repeat(" ", 80) + "c\n",
+			":ERROR line 1: unknown request \"set a b" + strings.Repeat(" ", 33) +
+				"\"...; did you mean Set:key:value ?\n"},
 	}
 }
 
