@@ -613,6 +613,13 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		const look = storage.LookAgain + time.Second
 		bad := map[string]int{"cannot read the certificates again": 1}
 
+		// The CA is a pipe for a while.
+		ca := filepath.Join(dir, "ca.pem")
+		oldCA, _ := os.ReadFile(ca)
+		if err := exec.Command("mkfifo", ca+".pipe").Run(); err == nil {
+			is.OK(t, os.Rename(ca+".pipe", ca))
+		}
+
 		world.Pass(look)
 		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
@@ -622,6 +629,10 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		wantLog(look, map[string]int{"ends soon": 1}) // of the new one
 		second := shown()
 		is.Equal(t, "it shows a new pair", second != first, true)
+		now, _ := served.GetConfigForClient(nil)
+		is.Equal(t, "what it wants of clients beside a new pair", now.ClientAuth, tls.RequireAndVerifyClientCert)
+		os.Remove(ca)
+		put("ca.pem", oldCA)
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
 		put("server.key", old)
 		for range 2 {
@@ -632,7 +643,6 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		put("server.key", read("server.key"))
 		world.Pass(look)
 		log.take()
-		oldCA, _ := os.ReadFile(filepath.Join(dir, "ca.pem"))
 		put("ca.pem", read("ca.pem"))
 		wantLog(look, map[string]int{"ends soon": 1}) // because a file was read that is new
 		wantLog(look, map[string]int{"ends soon": 0})
@@ -2083,6 +2093,43 @@ func (s slowDeletes) Delete(key string) int {
 func TestExpireIsCommitted(t *testing.T) { protocol.ExpireIsCommitted(t, serveOn) }
 func TestExpireOnAFullDisk(t *testing.T) { protocol.ExpireOnAFullDisk(t, serveOn) }
 
+// Ensure that a store is asked for room for all that a write adds to its log.
+func TestRoomForEveryWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		dir := storetest.New()
+		dir.Reserve = 0 // so that the log ends with what was written
+		db := &roomCounter{Store: storeIn(t, dir, nil)}
+		n.server.db = db
+		c, long, size := n.DialAck(t), func(of string) string { return strings.Repeat(of, kilo) }, 0
+		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v", "Expire:k:9",
+			"Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
+			name, arguments, _ := strings.Cut(verb, ":")
+			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
+			for c.Read() != ":PONG" {
+			}
+			data, _ := dir.Read("seg-1.log")
+			if size > 0 {
+				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
+			}
+			size = len(data)
+		}
+		c.HangUp()
+		n.server.Close()
+		is.OK(t, db.Close())
+	})
+}
+
+// roomCounter is a store that notes for how many bytes it was asked last.
+type roomCounter struct {
+	*durable.Store
+	asked int64
+}
+
+func (r *roomCounter) Room(key string, bytes int64, removes int) error {
+	r.asked = bytes
+	return r.Store.Room(key, bytes, removes)
+}
+
 // jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
 	var ahead atomic.Int64
@@ -2855,6 +2902,32 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 	}
 }
 
+// Ensure that a line which had to wait for memory has two ticks to come, as any other.
+func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		n.server.budget.limitTo(64<<20, 0)
+		n.server.budget.inputs.Add(n.server.budget.forInput())
+		first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+		for _, c := range []*protocol.Client{first, a, other} {
+			c.Send("Put:k:")
+		}
+		world.Pass(quietAfter * 5 / 4)
+		for _, c := range []*protocol.Client{first, a} {
+			go c.SendSome(strings.Repeat("v", 5*kilo))
+			synctest.Wait()
+		}
+		world.Pass(quietAfter)
+		first.Ask("", ":OK 1") // from here on the line of a may have the memory
+		world.Pass(tickTime)
+		go other.SendSome(strings.Repeat("v", 5*kilo))
+		world.Pass(quietAfter * 3 / 2)
+		a.Ask("", ":OK 1")
+		n.server.budget.inputs.Add(-n.server.budget.forInput())
+		closeClients([]*protocol.Client{first, a, other})
+	})
+}
+
 // Ensure that of two replies only the one that is not in messages yet keeps values.
 func TestMemoryLimitOfFormattedValues(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2908,25 +2981,30 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 	})
 }
 
-// Ensure that a line which ends with its connection keeps no other waiting, though its client reads
-// nothing.
+// Ensure that a line which ends with its connection, or is skipped, keeps no other waiting, though its
+// client reads nothing.
 func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
-		n.server.budget.limitTo(64<<20, 0)
-		mute := n.dialMute(t)
-		n.server.budget.inputs.Add(n.server.budget.forInput())
-		go mute.SendAll("Put:k:" + strings.Repeat("v", 200*kilo))
-		world.Pass(tickTime)
-		a := n.DialAck(t)
-		is.Within(t, 0, 2*tickTime, func() {
-			a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
-			a.Want(":OK 1")
+	for _, send := range []func(c *protocol.Client){
+		func(c *protocol.Client) { c.SendAll("Put:k:" + strings.Repeat("v", 200*kilo)) },
+		func(c *protocol.Client) { c.SendSome("Put:k:" + strings.Repeat("v", 2<<20)) },
+	} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
+			n.server.budget.limitTo(64<<20, 0)
+			mute := n.dialMute(t)
+			n.server.budget.inputs.Add(n.server.budget.forInput())
+			go send(mute)
+			world.Pass(tickTime)
+			a := n.DialAck(t)
+			is.Within(t, 0, 2*tickTime, func() {
+				a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
+				a.Want(":OK 1")
+			})
+			n.server.budget.inputs.Add(-n.server.budget.forInput())
+			a.HangUp()
+			mute.Close()
 		})
-		n.server.budget.inputs.Add(-n.server.budget.forInput())
-		a.HangUp()
-		mute.Close()
-	})
+	}
 }
 
 // Ensure that what a client's lines take counts once, while its last replies wait to be read.
@@ -3223,7 +3301,7 @@ func TestStats(t *testing.T) {
 }
 
 // Ensure that /metrics has every counter of Stats, with the same value, and more; that names are
-// unique; and that each metric has a help text.
+// unique; that each metric has a help text; and that a look at the files counts as no Commit.
 func TestWatchHasTheCountersOfStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.logged, n.server.status = new(logCounts), new(storage.Status)
@@ -3233,9 +3311,10 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 		n.server.db = db
 		a := n.Dial(t)
 		a.Ask("Put:key:value\nGet:key", "key:value")
-		synctest.Wait()
+		world.Pass(3 * fileCheckTime)
 		_, body := getPage(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
+		is.In(t, "/metrics behind looks at the files", body, "_commit_seconds_count 2\n")
 		a.Send("Stats\n")
 		for _, line := range a.ReadList() {
 			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
@@ -3460,12 +3539,14 @@ func TestWatchFewConnections(t *testing.T) {
 	is.OK(t, err) // it is open still
 }
 
-// Ensure that only one profile is taken at a time, with a pause between two.
+// Ensure that only one profile is taken at a time, with a pause between two, and that one which is
+// refused leaves the next its turn.
 func TestWatchOneProfileAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		handler := oneAtATime(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			<-time.After(time.Second / 2)
 		}))
+		wantPage(t, handler, "/?seconds=61", 400)
 		go getPage(handler, "/")
 		synctest.Wait()
 		wantPage(t, handler, "/", 503)
