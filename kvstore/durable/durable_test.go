@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 
 	// Each of thousands of stores begins with a slab, so the default would mean endless
 	// collections.
-	debug.SetGCPercent(400)
+	debug.SetGCPercent(1000)
 	os.Exit(m.Run())
 }
 

@@ -147,7 +147,7 @@ func TestEtcdLateRequests(t *testing.T) {
 // by. It fails the test if a reader does not get all that was written before something counted as gone,
 // or if something does and stays is true. reached says whether there were n requests.
 func writesBeside(t *testing.T, fault etcdFault, n, by int, stays bool) (reached bool) {
-	random := make([]byte, 160<<10)
+	random := make([]byte, 112<<10) // more pieces than are joined at a time, by half
 	rand.NewChaCha8([32]byte{2}).Read(random)
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
