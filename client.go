@@ -808,11 +808,12 @@ func (c *Client) awaitLineMemory(size int) bool {
 
 // mayHave reports whether the begun line may have a slot of anyLine or freeing now. A request that frees
 // makes memory for all others, so freeing is for these alone. Lines that had a slot may keep their memory
-// for long after their ends, because a Commit lasts or a Keys waits for its turn: so they have a limit.
+// for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody reads replies:
+// so they have a limit. A single line does not reach it, however long it is.
 func (c *Client) mayHave(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
-	case b.inputs.Load() > b.forInput()+b.forQueues():
+	case b.inputs.Load()+b.chains.Load() > b.forInput()+b.forQueues()+int64(c.server.maxLine):
 		return false
 	case of == &b.freeing:
 		return c.in.isFreeing()

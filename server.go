@@ -1176,11 +1176,11 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	a line that has  its buffer, up to            forInput, freeInput     it waits; one that hardly
 //	begun            -max-line, and freeSize      for each, and with a    comes is skipped while
 //	                                              slot (anyLine, freeing) others wait (givesWay)
-//	                                              queues and two lines
+//	                                              queues and three lines
 //	a chain that     the same                     bursts as above; long   if lines alone are over
-//	waits                                         lines (longText) count  queues, others' long lines
-//	                                              with replies            wait; if the sum is over
-//	                                                                      queues, a client that
+//	waits                                         lines (longText) are    queues, others' long lines
+//	                                              part of those above,    wait; if the sum is over
+//	                                              and count with replies  queues, a client that
 //	                                                                      takes nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
 //	                 one being made, one being    for replies that have   nothing loses them; after
@@ -1223,7 +1223,7 @@ type budget struct {
 	// In use, in bytes.
 	queued   atomic.Int64 // replies, lists and copied keys that wait
 	keyLists atomic.Int64 // of queued: keys to be listed
-	chains   atomic.Int64 // long lines whose replies wait: not bounded (isCrowded)
+	chains   atomic.Int64 // long lines whose replies wait
 	inputs   atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
 	free     atomic.Int64 // of these buffers and chains, what each client may have (freeInput)
 	store    atomic.Int64 // store and clients, as workLoop last noted them

@@ -2788,24 +2788,27 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 	})
 }
 
-// Ensure that lines of less than burstSize that come before replies that nobody reads have a limit,
-// and are given up if others need their memory.
+// Ensure that lines that come before replies that nobody reads have a limit, also if they free, and are
+// given up if others need their memory.
 func TestMemoryLimitOfMuteLines(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
-		b := &n.server.budget
-		b.limitTo(16<<20, 0)
-		line := strings.Repeat("Ping:"+strings.Repeat("p", 60*kilo)+"\n", 10)
-		clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(line) })
-		for range 60 {
-			world.Pass(slowAfter / 3)
-			n.wantLinesBounded(t, len(clients))
-		}
+	long := strings.Repeat("p", 60*kilo)
+	for _, lines := range []string{strings.Repeat("Ping:"+long+"\n", 10),
+		"Ack\nRemove:k:" + long + strings.Repeat("\nGet:big", 5) + "\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
+			n.server.budget.limitTo(16<<20, 0)
+			n.fill("big", strings.Repeat("v", 100*kilo), 9)
+			clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(lines) })
+			for range 60 {
+				world.Pass(slowAfter / 3)
+				n.wantLinesBounded(t, len(clients))
+			}
 
-		a := n.DialAck(t)
-		is.Within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
-		closeClients(clients)
-	})
+			a := n.DialAck(t)
+			is.Within(t, 0, slowAfter, func() { a.Ask("Set:k:"+strings.Repeat("v", 20*kilo), ":OK 0") })
+			closeClients(clients)
+		})
+	}
 }
 
 // Ensure that long lines have a limit while a Commit lasts, too, though no reply waits then.
@@ -2833,7 +2836,23 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
 	b := &n.server.budget
 	free := int64(clients*(freeInput+2*quietSize) + 2*2*burstSize) // and two lines that have a slot
-	is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+2*b.forQueues()+free)
+	is.Between(t, "bytes of input", n.inputs(), 0,
+		b.forInput()+b.forQueues()+int64(n.server.maxLine)+free)
+}
+
+// Ensure that a single line, however long, keeps no line that frees waiting.
+func TestMemoryLimitBesideALongLine(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 8 << 20
+		b := &n.server.budget
+		b.limitTo(16<<20, 0)
+		b.inputs.Add(b.forInput())
+		long, a := n.Dial(t), n.DialAck(t)
+		long.Post("Put:k:" + strings.Repeat("v", 5<<20))
+		is.Within(t, 0, tickTime, func() { a.Ask("Delete:"+strings.Repeat("k", 900*kilo), ":OK 0") })
+		b.inputs.Add(-b.forInput())
+		long.Close()
+	})
 }
 
 // Ensure that mute clients with short lines, however many, take no memory from long lines.
