@@ -635,7 +635,7 @@ func (c *Client) tick() error {
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
 	isOld := in.midLine() && in.begunAtTick && !waits
-	if isOld && in.givesWay(c.server.budget.anyLine.waiting.Load() > 0) {
+	if isOld && in.givesWay(&c.server.budget) {
 		c.skipLine("too long for the memory that is left, skipped")
 	}
 
@@ -655,14 +655,15 @@ func (c *Client) tick() error {
 
 // givesWay reports whether the begun line, which was there at the last tick, is to give its memory
 // to others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
-// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all.
-func (in *input) givesWay(othersWait bool) bool {
+// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all,
+// unless others that free wait.
+func (in *input) givesWay(b *budget) bool {
 	least, hardlyCameBefore := steadyRate, in.hardlyCame
-	if in.isFreeing() {
+	if in.isFreeing() && b.freeing.waiting.Load() == 0 {
 		least = 1
 	}
 	in.hardlyCame = in.pending >= freeSize && in.came < least
-	return hardlyCameBefore && in.hardlyCame && othersWait
+	return hardlyCameBefore && in.hardlyCame && b.anyLine.waiting.Load() > 0
 }
 
 // errUnended ends a client whose line does not end. Otherwise a few bytes would hold a connection
@@ -773,6 +774,10 @@ func (c *Client) awaitLineMemory(size int) bool {
 
 	b.anyLine.waiting.Add(1)
 	defer b.anyLine.waiting.Add(-1)
+	if in.isFreeing() {
+		b.freeing.waiting.Add(1)
+		defer b.freeing.waiting.Add(-1)
+	}
 
 	// Nobody tells when there is memory again, so this looks now and then.
 	for !in.lineSlot.taken && !c.acquireForLine(size) {

@@ -2693,7 +2693,7 @@ func TestMemoryLimitAfterALongTake(t *testing.T) {
 }
 
 // Ensure that a Remove or Delete of any length is taken in and run, though the memory is full, and
-// though others fill all that there is for lines, with lines that free, too, that do not go on, or
+// though others fill all that there is for lines, with lines that free, too, that hardly go on, or
 // that are followed by replies which nobody reads.
 func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 	begun := ":k:" + strings.Repeat("v", 100*kilo)
@@ -2703,7 +2703,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 		most            time.Duration // that a line may wait
 	}{
 		{60, "Put" + begun, "", time.Second},
-		{40, "Remove" + begun, "", 20 * time.Second},
+		{60, "Remove" + begun, "", 10 * time.Second},
 		{60, "Put" + begun, "Remove:k:" + strings.Repeat("v", 900*kilo) +
 			strings.Repeat("\nGet:big", 3*maxChain) + "\n", time.Second},
 	} {
@@ -2714,7 +2714,14 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
 			n.fill("big", "v", kilo)
-			mute := n.DialMany(t, c.clients, func(_ int, m *protocol.Client) { go m.SendSome(c.others) })
+			hungUp := make(chan struct{})
+			mute := n.DialMany(t, c.clients, func(_ int, m *protocol.Client) {
+				go func() {
+					for m.SendSome(c.others); !isClosed(hungUp); <-time.After(quietAfter / 2) {
+						m.SendSome("v")
+					}
+				}()
+			})
 			another := n.Dial(t)
 			world.Pass(quietAfter / 2)
 			go another.SendSome(c.another)
@@ -2731,7 +2738,9 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 				a.Ask("Remove:k:"+long, ":OK 1")
 			})
 			a.HangUp()
+			close(hungUp)
 			closeClients(append(mute, another))
+			world.Pass(quietAfter)
 		})
 	}
 }
@@ -2887,18 +2896,21 @@ func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 }
 
 // Ensure that while others wait for memory a line that hardly comes is refused, but not one that
-// pauses for a tick, nor one that frees and goes on.
+// pauses for a tick, nor one that frees and goes on, unless others that free wait.
 func TestMemoryLimitOfSlowLines(t *testing.T) {
 	const skipped = ":ERROR line 2: too long for the memory that is left, skipped"
 	for _, c := range []struct {
 		line, rest string
 		times      int // how often rest comes, each half a tick later
+		others     string
 		want       string
 	}{
-		{"Put:k:", "v", 8, skipped},
-		{"Put:k:", "", 3, ":OK 1"},
-		{"Remove:k:", "v", 8, ":OK 0"},
-		{"Remove:k:", "", 8, skipped},
+		{"Put:k:", "v", 8, "Put:k:", skipped},
+		{"Put:k:", "", 3, "Put:k:", ":OK 1"},
+		{"Remove:k:", "v", 8, "Put:k:", ":OK 0"},
+		{"Remove:k:", "", 8, "Put:k:", skipped},
+		{"Remove:k:", "v", 8, "Remove:k:", skipped},
+		{"Remove:k:", strings.Repeat("v", steadyRate), 3, "Remove:k:", ":OK 0"},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 1 << 20
@@ -2908,7 +2920,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			world.Pass(quietAfter)
 
 			n.server.budget.inputs.Add(n.server.budget.forInput())
-			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome("Put:k:" + long) })
+			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome(c.others + long) })
 			for range c.times {
 				a.Send(c.rest)
 				world.Pass(quietAfter / 2)
