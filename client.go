@@ -1212,13 +1212,13 @@ func (l *listing) copyKeys(keys []string) {
 	// Half of the memory for queues is left for replies.
 	b := &l.client.server.budget
 	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
-	if !b.mayQueue(bytes, -b.forQueues()/2) {
+	if !addUpTo(&b.queued, bytes, b.forQueues()/2) {
 		return
 	}
 
 	// Clone them in pieces: few allocations, none of them large.
 	l.giveUp()
-	l.noteSize(bytes)
+	l.held = bytes
 	for few := range slices.Chunk(keys, l.client.server.partKeys) {
 		copy(few, kvstore.CloneAll(few))
 	}
@@ -1591,9 +1591,10 @@ func (o *outbox) drop(q *Query) {
 // messages, nor one that would take the queues a quarter over their limit: such a reply waits for
 // room message by message.
 func (o *outbox) claim(size int) {
-	if size > o.piece && size <= maxShared*o.maxMessage && o.budget.mayBegin(int64(size)) {
+	most := o.budget.forQueues()
+	if size > o.piece && size <= maxShared*o.maxMessage &&
+		addUpTo(&o.budget.queued, int64(size), most+most/4) {
 		o.claimed = int64(size)
-		o.budget.queued.Add(o.claimed)
 	}
 }
 
@@ -1837,7 +1838,7 @@ func (c *Client) inTime(end func()) {
 }
 
 // coalesce returns msg with the messages that wait behind it, up to a good Write's worth, and how
-// many bytes they all are in budget.queued.
+// many bytes they all are in budget.queued. Half of the memory for queues is left for replies.
 func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	size = int64(cap(msg))
 	for len(msg) < maxWrite {
@@ -1849,7 +1850,10 @@ func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 			size += int64(cap(more))
 
 			// If both do not fit into the first, a larger one takes them.
-			if n := len(msg) + len(more); n > cap(msg) && n <= largeSize {
+			n, b := len(msg)+len(more), &c.server.budget
+			if wants := int64(largeSize - cap(msg)); n > cap(msg) && n <= largeSize &&
+				addUpTo(&b.queued, wants, b.forQueues()/2) {
+				size += wants
 				together := append(large.Get().(*[largeSize]byte)[:0], msg...)
 				recycle(msg)
 				msg = together

@@ -1298,14 +1298,10 @@ func (b *budget) fits(bytes, ofReserve int64) bool {
 }
 
 // isAtLimit reports whether all queues together have reached their limit.
-func (b *budget) isAtLimit() bool { return !b.mayQueue(0, 0) }
+func (b *budget) isAtLimit() bool { return !b.mayQueue(0) }
 
 // isCrowded reports whether all queues and the chains that wait have together reached that limit.
-func (b *budget) isCrowded() bool { return !b.mayQueue(b.chains.Load(), 0) }
-
-// mayBegin reports whether a reply of so many bytes may begin that must not wait in the middle. Such
-// replies may take a quarter more than the limit.
-func (b *budget) mayBegin(bytes int64) bool { return b.mayQueue(bytes, b.forQueues()/4) }
+func (b *budget) isCrowded() bool { return !b.mayQueue(b.chains.Load()) }
 
 // needsPinned reports whether the removed values that replies still pin are many, and do not fit into
 // forData beside the data. Then clients that read too slowly must give up what they have pinned.
@@ -1314,11 +1310,10 @@ func (b *budget) needsPinned() bool {
 	return b.limit > 0 && removed > b.shared()/queuesShare && !b.fits(removed, 0)
 }
 
-// mayQueue reports whether bytes more may be queued if the queues may take more bytes than their
-// limit.
-func (b *budget) mayQueue(bytes, more int64) bool {
+// mayQueue reports whether bytes more may be queued.
+func (b *budget) mayQueue(bytes int64) bool {
 	most := b.forQueues()
-	return most == 0 || b.queued.Load()+bytes < most+more
+	return most == 0 || b.queued.Load()+bytes < most
 }
 
 // The lists of all Keys and Dumps may take half of what is for queues. A single list may take half
@@ -1354,11 +1349,15 @@ func (b *budget) takesLines() bool { return b.limit == 0 || b.chains.Load() < b.
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
-	if sum.Add(bytes) > most && most > 0 {
-		sum.Add(-bytes)
-		return false
+	for {
+		before := sum.Load()
+		if before+bytes > most && most > 0 {
+			return false
+		}
+		if sum.CompareAndSwap(before, before+bytes) {
+			return true
+		}
 	}
-	return true
 }
 
 // lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use

@@ -3257,6 +3257,28 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 	})
 }
 
+// Ensure that somebody who asks for more than there is never makes others be refused.
+func TestMemoryIsAddedAtOnce(t *testing.T) {
+	var sum atomic.Int64
+	done := make(chan struct{})
+	var greedy sync.WaitGroup
+	greedy.Go(func() {
+		for !isClosed(done) {
+			for range kilo {
+				addUpTo(&sum, 10, 9)
+			}
+		}
+	})
+	for range 1000 * kilo {
+		if !addUpTo(&sum, 1, 9) {
+			t.Fatal("1 byte of 9 is refused")
+		}
+		sum.Add(-1)
+	}
+	close(done)
+	greedy.Wait()
+}
+
 // ---- server.go: listening
 
 // Ensure that localhost means both its addresses, and that the refusal of a port in use says how to
@@ -3830,7 +3852,7 @@ func TestOutboxClaim(t *testing.T) {
 		counted  bool
 	}{
 		{0, 1, false}, {0, 2, true}, {0, maxShared, true}, {0, maxShared + 1, false},
-		{limit, 1, false}, {limit, 2, true}, {limit, 4, false}, {limit + limit/4, 2, false},
+		{limit, 1, false}, {limit, 2, true}, {limit, 4, true}, {limit, 5, false},
 	} {
 		s := New(kvstore.NewMemory())
 		s.budget.maxQueues = limit
@@ -3885,6 +3907,22 @@ func TestOutboxMessagesAreSmallAtTheLimit(t *testing.T) {
 		}
 		<-done
 	})
+}
+
+// Ensure that what a Write takes along counts with the memory that it is put into, and gets a large
+// message only while there is memory for that.
+func TestOutboxCountsWhatAWriteTakes(t *testing.T) {
+	for _, queues := range []int64{0, 4 * largeSize, largeSize} {
+		s := New(kvstore.NewMemory())
+		s.budget.maxQueues = queues
+		c := unwritten(s)
+		one, other := make([]byte, 9*kilo), make([]byte, 9*kilo)
+		s.budget.queued.Store(int64(cap(one) + cap(other)))
+		c.buffer <- other
+		msg, size := c.coalesce(one)
+		is.Equal(t, "bytes that count", s.budget.queued.Load(), size)
+		is.Between(t, "bytes that are taken", int64(cap(msg)), 18*kilo, size*5/4)
+	}
 }
 
 // Ensure that a reply of several messages, once begun, is queued to its end even if the queues
