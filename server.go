@@ -85,6 +85,11 @@ const (
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
+	// Bytes that are read of an HTTP request, or of a client's side of a TLS handshake, at most; and
+	// what such a handshake takes.
+	guestMost      = 64 << 10
+	memoryPerShake = 128 << 10
+
 	// seldomTime lies between two lines of log about an event that may happen a thousand times a
 	// second (seldom).
 	seldomTime = time.Minute
@@ -114,8 +119,11 @@ var (
 	errNoStore = errors.New("the server has no store: New was given nil")
 )
 
-// errReplaced ends a TLS handshake whose place another connection has taken.
-var errReplaced = errors.New("others came, and there is no place")
+// These errors end a TLS handshake: another connection has taken its place, or it does not end.
+var (
+	errReplaced = errors.New("others came, and there is no place")
+	errEndless  = fmt.Errorf("%d bytes came, and no end", guestMost)
+)
 
 // keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
@@ -173,6 +181,7 @@ type keyValueServer struct {
 	budget      budget            // -max-memory and -max-queues
 	cores       semaphore         // for long work: one slot fewer than cores, but at least one
 	snapshots   semaphore         // for Keys and Dump: a snapshot keeps what is changed meanwhile
+	shaking     semaphore         // for TLS handshakes, until workLoop has heard how they ended
 	lostReplies atomic.Int64      // replies that slow readers lost
 
 	// Owned by workLoop.
@@ -310,9 +319,11 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 
 	// A TLS connection is a guest of fewConns until its handshake has ended. A unix socket has no
 	// TLS.
+	most := max(1, s.budget.handshakes(s.handshakes)/len(listeners))
+	s.shaking.slots = make(chan struct{}, most*len(listeners))
 	for _, listener := range listeners {
 		if s.tls != nil && listener.Addr().Network() != "unix" {
-			listener = &fewConns{Listener: listener, most: max(1, s.handshakes/len(listeners))}
+			listener = &fewConns{Listener: listener, most: most}
 		}
 		s.accepting.Go(func() { s.acceptClient(listener) })
 	}
@@ -442,12 +453,22 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 		socket.SetWriteBuffer(sendBuffer)
 	}
 
-	// The other side may be slow to shake hands, and others want to connect meanwhile.
-	if mustShake {
-		s.accepting.Go(func() { s.shakeHands(ctx, guest) })
+	if !mustShake {
+		s.connections <- &pacedConn{Conn: conn, server: s}
 		return
 	}
-	s.connections <- &pacedConn{Conn: conn, server: s}
+
+	// The other side may be slow to shake hands, and others want to connect meanwhile. But if
+	// workLoop hears of no end for a while, because a Commit lasts, others wait.
+	place := slot{of: &s.shaking}
+	if !place.acquire(s.closeSignal) {
+		guest.Close()
+		return
+	}
+	s.accepting.Go(func() {
+		s.shakeHands(ctx, guest)
+		place.release()
+	})
 }
 
 // shakeHands does the TLS handshake with guest and hands the connection over to workLoop. It runs as
@@ -1208,6 +1229,11 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	goroutines       three, and Client            memoryPerClient for     one more client is told
 //	                                              each of -max-clients;   that the server is full
 //	                                              they count as data
+//	TLS handshakes   memoryPerShake               half of the reserve     one more takes the place of
+//	                                                                      another (fewConns), and
+//	                                                                      waits while workLoop does
+//	requests of      guestMost                    maxWatchers             one more takes the place of
+//	-http                                                                 another
 //	sockets          sendBuffer, twice, and what  -                       not counted: it is the
 //	                 the kernel takes in                                  kernel's memory
 //
@@ -1269,6 +1295,15 @@ func (b *budget) shared() int64 { return b.limit - b.reserve }
 // forData is the limit for the data and for memory whose use is not known (other).
 func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/inputShare
+}
+
+// handshakes returns how many TLS handshakes may be under way: at most so many, and as many as fit
+// into half of the reserve.
+func (b *budget) handshakes(most int) int {
+	if b.limit == 0 {
+		return most
+	}
+	return min(most, int(b.reserve/2/memoryPerShake))
 }
 
 // forQueues is how many bytes all queues may take; 0: no limit.
@@ -2065,8 +2100,8 @@ type fewConns struct {
 // guest is a connection that was accepted by fewConns. It has a place there until it leaves.
 type guest struct {
 	net.Conn
-	spoke atomic.Bool // a byte has come
-	left  atomic.Bool // it has no place any more
+	came atomic.Int64 // bytes
+	left atomic.Bool  // it has no place any more
 }
 
 // Accept waits for a connection, and closes another one if there is no place for it.
@@ -2083,7 +2118,7 @@ func (f *fewConns) Accept() (net.Conn, error) {
 
 	// If no place was free, close the oldest that has sent nothing, or else the oldest.
 	if len(f.guests) == f.most {
-		i := slices.IndexFunc(f.guests, func(g *guest) bool { return !g.spoke.Load() })
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return g.came.Load() == 0 })
 		f.guests[max(i, 0)].Close()
 		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
 	}
@@ -2096,10 +2131,10 @@ func (f *fewConns) Accept() (net.Conn, error) {
 // leave gives up the place. It reports whether the guest still had one.
 func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
 
-// Read reads, and notes whether a byte has come.
+// Read reads, and fails once more than guestMost bytes have come.
 func (g *guest) Read(p []byte) (n int, err error) {
-	if n, err = g.Conn.Read(p); n > 0 {
-		g.spoke.Store(true)
+	if n, err = g.Conn.Read(p); g.came.Add(int64(n)) > guestMost {
+		return 0, errEndless
 	}
 	return n, err
 }

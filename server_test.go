@@ -747,6 +747,62 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	})
 }
 
+// Ensure that while workLoop waits for a Commit no more handshakes begin than may be under way, whether
+// they fail or succeed, and that all end afterwards.
+func TestTLSHandshakesWaitForACommit(t *testing.T) {
+	withTLS := serverConfig(t)
+	const most, clients = 10, 200
+	for _, succeeds := range []bool{true, false} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			store := protocol.GatedStore{Memory: kvstore.NewMemory(), Gate: make(chan error)}
+			n.server.db = kvstore.StoreOf(store)
+			n.server.tls, n.server.handshakes = withTLS, most
+			n.Dial(t).OverTLS().Post("Put:k:v\n") // its Commit lasts
+			var came atomic.Int64
+			var all sync.WaitGroup
+			for range clients {
+				all.Go(func() {
+					a := n.Dial(t)
+					if came.Add(1); succeeds {
+						a.OverTLS().SendSome("Quit\n")
+					} else {
+						a.SendSome("garbage, not a handshake\n")
+					}
+					io.Copy(io.Discard, a.R)
+					a.Close()
+				})
+			}
+			world.Pass(handshakeTime / 2)
+			is.Between(t, "connections that were accepted", came.Load(), most, most+maxBatch+2)
+			close(store.Gate)
+			all.Wait()
+			n.Dial(t).OverTLS().Ask("Ping", ":PONG")
+		})
+	}
+}
+
+// Ensure that handshakes that do not go on keep to their share of the memory, whatever they have sent.
+func TestTLSHandshakesTakeLittleMemory(t *testing.T) {
+	withTLS := serverConfig(t)
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.tls = withTLS
+		b := &n.server.budget
+		b.limitTo(64<<20, 0)
+		hello := []byte("\x16\x03\x01\x40\x00\x01\x00\xff\xff") // in records of 16 KiB
+		hello = append(hello, make([]byte, 1<<14-4)...)
+		for range 2 {
+			hello = append(append(hello, "\x16\x03\x01\x40\x00"...), make([]byte, 1<<14)...)
+		}
+		n.Dial(t)
+		before := heapBytes()
+		for range 300 {
+			n.Dial(t).Conn.Write(hello)
+			synctest.Wait()
+		}
+		is.Between(t, "bytes of handshakes", int64(heapBytes()-before), 0, b.reserve/2)
+	})
+}
+
 // farConn is a client's connection on which each answer takes a while.
 type farConn struct {
 	world.HalfConn
@@ -3537,6 +3593,10 @@ func TestWatchIsLimited(t *testing.T) {
 			t.Errorf("Host: %s gets %d, want %d", host, code, want)
 		}
 	}
+	endless := protocol.DialTCP(t, addr)
+	endless.SendSome("GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", 2*guestMost) + "\r\n\r\n")
+	answer, _ := io.ReadAll(endless.R)
+	is.Equal(t, "a request that is too long is answered", strings.Contains(string(answer), "alive"), false)
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
 		wantPage(t, s.watchHandler(""), path+"?seconds=61", 400)
 	}
