@@ -636,7 +636,7 @@ func (c *Client) tick() error {
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
 	isOld := in.midLine() && in.begunAtTick && !waits
 	if isOld && in.givesWay(&c.server.budget) {
-		c.skipLine("too long for the memory that is left, skipped")
+		c.skipLine(tooLongNow)
 	}
 
 	c.shrinkInput()
@@ -906,6 +906,9 @@ func (c *Client) skipLine(why string) {
 	}
 }
 
+// tooLongNow is the error if others need the memory of a line.
+const tooLongNow = "too long for the memory that is left, skipped"
+
 func tooLong(maxLine int) string {
 	return "longer than " + strconv.Itoa(maxLine) + " bytes, skipped"
 }
@@ -1009,9 +1012,22 @@ type listing struct {
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
+	// Others may take long to read their Keys. A long line does not wait for that if lines have more
+	// memory than their share, or no other line would get a slot (mayHave).
+	stop, b := c.server.closeSignal, &c.server.budget
+	if c.in.forLine && b.inputs.Load() > b.forInput() {
+		stop = c.server.serving // it is closed
+	}
+
 	// A snapshot keeps in memory what is removed meanwhile, so there are few at a time.
-	if !l.place.acquire(c.server.closeSignal) {
+	switch {
+	case l.place.acquire(stop):
+	case c.server.isClosing():
 		c.end(weClose)
+		return
+	default:
+		q.refuse(tooLongNow)
+		c.send(q)
 		return
 	}
 	defer l.giveUp()

@@ -2896,6 +2896,30 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 	}
 }
 
+// Ensure that long lines of clients whose Keys waits for its turn keep no line that frees waiting.
+func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
+	long := strings.Repeat("v", 60*kilo)
+	for _, lines := range []string{"Keys:" + long + "\n", "Remove:k:" + long + "\nKeys\n"} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(16<<20, 0)
+			for range maxSnapshots { // others read theirs
+				n.server.snapshots.slots <- struct{}{}
+			}
+			clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(lines) })
+			a := n.DialAck(t)
+			world.Pass(slowAfter)
+			n.wantLinesBounded(t, len(clients))
+			a.Conn.SetReadDeadline(time.Now().Add(slowAfter))
+			a.Ask("Delete:"+strings.Repeat("k", 900*kilo), ":OK 0")
+			for range maxSnapshots {
+				<-n.server.snapshots.slots
+			}
+			closeClients(clients)
+		})
+	}
+}
+
 // wantLinesBounded expects so many clients with lines of at most burstSize to take no more memory
 // than the budget's table says.
 func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
