@@ -21,11 +21,11 @@ import (
 
 // Limits of one connection.
 const (
-	// messages in a client's buffer: as many as Project 0 keeps for a slow reader
+	// messages in a client's buffer: as many as Project 0 (of CMU's 15-440) keeps for a slow reader
 	maxBufferSize = 500
-	maxShared     = 8         // a message that is begun while fewer wait may hold several replies
+	maxShared     = 8         // while fewer messages wait, a new one may hold several replies
 	maxMessage    = 128 << 10 // bytes in a message
-	maxWrite      = 64 << 10  // a Write of so many bytes takes no more messages along
+	maxWrite      = 64 << 10  // a Write of this many bytes gets no further message (coalesce)
 
 	// Bytes to ask for as the socket's send buffer, which Linux doubles. Left alone the buffer
 	// could grow to 4 MiB, and the kernel would keep that much for a client that does not read.
@@ -33,7 +33,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a read buffer, at most, while lines are shorter than that
+	burstSize = 64 << 10 // bytes of a read buffer, at most; four times as many for lines of over 8 KiB
 
 	// However much memory others take, a client gets a read buffer of freeSize bytes and a chain of
 	// freeChain queries, and the key of its waiting Take may have freeKey bytes.
@@ -44,8 +44,8 @@ const (
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
-	// The rate of the slowest steady reader, in bytes a second; and the most bytes that the two
-	// sockets hold: 6 MiB in the reader's (Linux: tcp_rmem), ours, and a margin.
+	// The slowest steady reader takes steadyRate bytes a second. Its socket and ours together hold
+	// socketMost bytes: 6 MiB in the reader's (Linux: tcp_rmem), those in ours, and a margin.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
@@ -69,7 +69,7 @@ const (
 
 	handshakeTime = 5 * time.Second // for a TLS handshake
 	drainTime     = time.Second     // for the client to take our last words and close
-	// of silence, after which nothing more is expected from a client while the server closes
+	// of silence: then a closing server expects nothing more from a client
 	busyTime = 20 * time.Millisecond
 )
 
@@ -77,8 +77,8 @@ const (
 // connection and sends them to workLoop, one chain at a time. The goroutine that holds the chain
 // queues the replies in buffer, and writeToClient writes them to the connection.
 //
-// One goroutine at a time holds the client's chain. It owns the outbox as well, and may read the
-// chain's lines. The chain goes round:
+// One goroutine at a time holds the client's chain. This holder also owns the outbox, and may read
+// the chain's lines. The chain goes round:
 //
 //	readFromClient   makes the chain (parse) and sends it on queries
 //	workLoop         has it wait for its turn, and runs it. A Take that finds no value waits in
@@ -119,8 +119,8 @@ const (
 // Requests that were read before the reason came up are still run, unless the store has failed, or
 // the closing server broke off a Keys or Dump before them. Other ways to end:
 //
-//	a Write fails                 writeToClient closes the connection, so that Read fails, and
-//	                              closed, which tells the chain's holder that replies are of no use
+//	a Write fails                 writeToClient closes the connection, so that Read fails. Then it
+//	                              closes the channel closed: the chain's holder need not reply
 //	others need the memory that   the chain's holder closes the connection (isCutOff): Read and
 //	its replies take              Write fail
 //	the store's Commit fails      workLoop closes all connections without a word, and sends nil on
@@ -133,12 +133,13 @@ const (
 type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
-	alive      int           // its readFromClient and writeToClient that run; 0: it has gone
+	alive      int           // how many of its two goroutines run; 0: the client has gone
 	closed     chan struct{} // closed by writeToClient when a Write has failed (isGone)
 
 	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
 	// at the client's first request, because 10,000 idle clients need neither. readFromClient
-	// closes it. Only the chain's holder sends, so room that it has seen stays free.
+	// closes it. Only the chain's holder sends, so there is still room when it sends if it has seen
+	// room before.
 	buffer chan []byte
 
 	// Set before the goroutines start, read-only from then on.
@@ -151,8 +152,8 @@ type Client struct {
 	// effect. One chain is under way at a time, so with one slot no sender waits.
 	done chan *Query
 
-	// From writeToClient to the chain's holder: true if the connection takes bytes, false if it
-	// took none for too long. One slot, because only the latest word counts.
+	// From writeToClient to the chain's holder: true if buffer has room again or the connection takes
+	// bytes again, false if it took none for too long. One slot, because only the latest word counts.
 	progress chan bool
 
 	index  int           // the client's place in clients; owned by workLoop
@@ -160,7 +161,8 @@ type Client struct {
 	parked *list.Element // the client's waiting Take in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
-	// Owned by readFromClient until its departure, then by workLoop.
+	// Owned by readFromClient. When it departs, it leaves in.came to writeToClient, and reason to
+	// workLoop.
 	in        input
 	underWay  bool      // a chain was sent, and readFromClient has not waited for it yet (await)
 	takeUntil time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
@@ -214,7 +216,7 @@ func (c *Client) readFromClient() {
 	for c.reason == "" {
 		burst, err := c.readLines()
 
-		// The complete lines: one chain after the other, until there is a reason to end.
+		// Run the complete lines: one chain after the other, until there is a reason to end.
 		for burst != "" && c.reason == "" && c.await() {
 			var chain *Query
 			if chain, burst = c.parse(burst); chain != nil {
@@ -228,7 +230,8 @@ func (c *Client) readFromClient() {
 		case err != nil:
 			c.endInput(err)
 
-		// The limit is for the line alone, and telnet's CR NUL may be here before the LF.
+		// maxLine does not count the line's end. Telnet ends a line with CR NUL LF, of which the LF
+		// may not be here yet.
 		case c.in.pending > c.server.maxLine+len("\r\x00"):
 			c.skipLine(tooLong(c.server.maxLine))
 		}
@@ -261,14 +264,14 @@ func (c *Client) readFromClient() {
 type input struct {
 	buf      []byte
 	lent     []byte  // the buffer before buf: the strings of the chain under way point into it
-	filled   bool    // by the last Read, buf
+	filled   bool    // the last Read filled buf
 	pending  int     // bytes at the start of buf: a line that has begun and not ended
 	line     int     // lines so far
 	hadLine  bool    // a line was not blank, so HTTP cannot begin any more
 	queries  []Query // memory of the chain, used again for the next one
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
-	forLine  bool    // buf has become so large only for the begun line
-	counted  int64   // bytes of buf, lent, queries and takeKey that are counted in budget.inputs
+	forLine  bool    // buf is larger than a burst's may be, for the begun line alone
+	counted  int64   // bytes of buf, lent, queries and a Take's key that are counted in budget.inputs
 	free     int64   // those of buf, lent and queries that are counted in budget.free
 	takeKey  int     // bytes of a waiting Take's key, if it is long
 	lineSlot slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
@@ -295,7 +298,7 @@ func (c *Client) readLines() (burst string, err error) {
 	// Read may wait for hours, but while the client holds memory a tick ends it.
 	c.setTick()
 	space := in.buf[in.pending:]
-	if in.forLine { // of the next line only little may come, or the memory could not be given back
+	if in.forLine { // read little of the next line: only little can be moved out of the large buffer
 		space = space[:min(len(space), freeSize)]
 	}
 	n, err := c.connection.Read(space)
@@ -392,6 +395,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in.queries = in.queries[:0]
 
 	for alone := false; burst != "" && c.reason == "" && !alone; {
+		// A chain of more than freeChain queries needs memory. Without that the chain ends here.
 		n := len(in.queries)
 		if n == maxChain || n >= freeChain && n == cap(in.queries) &&
 			!c.acquireInput(len(in.buf), 2*n, c.server.budget.forBursts()) {
@@ -432,7 +436,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 		in.hadLine = true
 	}
 
-	// What the older queries found could pin memory of the store.
+	// The older queries may still point to values of the store: let go of them.
 	clear(before[min(len(in.queries), len(before)):])
 	if len(in.queries) == 0 {
 		return nil, burst
@@ -445,8 +449,8 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	return &in.queries[0], burst
 }
 
-// endIfForeign ends the connection if its first line, of which q was made, is no mistake in a request
-// but the beginning of something else.
+// endIfForeign ends the connection if its first line, of which q was made, is no wrong request but
+// another protocol's.
 func (c *Client) endIfForeign(q *Query, line string, isLong bool) {
 	switch {
 	case isLong && begun(line) != malformed: // a request that is too long
@@ -493,7 +497,7 @@ func (c *Client) send(chain *Query) {
 	c.sendOf(chain, len(c.in.lent))
 }
 
-// sendOf is send for a chain that keeps so many bytes of input in memory.
+// sendOf is send for a chain whose lines take text bytes of memory until it is answered.
 func (c *Client) sendOf(chain *Query, text int) {
 	free := burstSize // lines that are not long
 	if c.in.forLine {
@@ -544,7 +548,7 @@ func (c *Client) await() bool {
 // meanwhile.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
-		// The Take's time is over. A value may still come before workLoop hears of that.
+		// If the Take's time is over, tell workLoop. A value may still come before it hears of that.
 		left := time.Until(c.takeUntil)
 		if left <= 0 {
 			c.stopWaiting(stopTake)
@@ -653,10 +657,10 @@ func (c *Client) tick() error {
 	return nil
 }
 
-// givesWay reports whether the begun line, which was there at the last tick, is to give its memory
-// to others: if it has hardly come in two ticks in a row, and others wait for its memory. In a single
-// tick perhaps the server did not run, or did not read. A line that frees stays while it comes at all,
-// unless others that free wait.
+// givesWay notes how much of the begun line, which was there at the last tick, has come since. It
+// reports whether the line is to give its memory up: if it has hardly come in two ticks in a row, and
+// others wait for memory. (In a single tick the server perhaps did not run, or did not read.) A line
+// that frees stays while it comes at all, unless others that free wait.
 func (in *input) givesWay(b *budget) bool {
 	least, hardlyCameBefore := steadyRate, in.hardlyCame
 	if in.isFreeing() && b.freeing.waiting.Load() == 0 {
@@ -1069,8 +1073,8 @@ func (l *listing) noteSize(bytes int64) {
 	l.held = bytes
 }
 
-// walk calls see with each key that is asked for, a string of the store's own. It returns false if
-// see does, the client has gone, or the server closes.
+// walk calls see with each key that is asked for. The key is the store's string, so see must copy
+// what it keeps. walk returns false if see does, the client has gone, or the server closes.
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
@@ -1116,8 +1120,8 @@ func (l *listing) awaitListMemory() bool {
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
 
-	// It counts as waiting for a snapshot, so that a listing that has memory, and is not read, is
-	// cut off.
+	// While it waits it counts as waiting for a snapshot. So a listing that has memory, and whose
+	// client does not read, is cut off (decide).
 	if l.most > b.fewKeys {
 		waiting := &l.place.of.waiting
 		waiting.Add(1)
@@ -1178,7 +1182,7 @@ func (l *listing) nextPart(part []string, last string) (keys []string, more, wan
 	defer core.release()
 
 	// The walk has the keys in no order. Keys up to last were in earlier parts. Of the others the
-	// part keeps the first: once there are more, keys from beyond on are left to a later part.
+	// part keeps the smallest. Once it is full, keys from beyond on are left to a later part.
 	beyond := ""
 	if !l.walk(func(key string) bool {
 		switch {
@@ -1261,7 +1265,7 @@ func (l *listing) sort(keys []string) bool {
 	return !stops
 }
 
-// replies returns the replies for the keys found, and counts their lines in n.
+// replies returns a chain that answers the keys found, and counts its lines in n.
 func (l *listing) replies(found []string) *Query {
 	if l.queryType == keys {
 		l.n += len(found)
@@ -1293,8 +1297,8 @@ func (l *listing) replies(found []string) *Query {
 	return &chain[0]
 }
 
-// mustStop reports whether the server closes while n keys are too many to go on with. Then it ends
-// the connection, without an :OK.
+// mustStop reports whether the listing is to stop because the server closes: if n, the keys that it
+// would go on with, take long. Then it notes the reason, and there is no :OK.
 func (l *listing) mustStop(n int) bool {
 	if n < l.client.server.partKeys || !l.client.server.isClosing() {
 		return false
@@ -1327,9 +1331,9 @@ type outbox struct {
 	left       int      // bytes still to be formatted, at most, by which newMessage chooses a size
 	piece      int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
 	claimed    int64    // bytes of the reply in hand that count as queued before they are
-	longText   int64    // bytes of the chain's text if its lines are long; only readFromClient sets it
+	longText   int64    // bytes of the chain's buffer beyond a short burst's (sendOf); 0: none
 	valueLists int64    // bytes of the waiting chain's lists that count as queued
-	pinned     int64    // bytes of values that it keeps, and that are counted in budget.pinned
+	pinned     int64    // bytes of values that the chain keeps, and that count in budget.pinned
 
 	// How fast the client takes the replies of the waiting chain: the time without room since the
 	// rate was last measured, and how many bytes the connection had taken then (noteWait).
@@ -1347,7 +1351,7 @@ type outbox struct {
 func (c *Client) answer(chain *Query) {
 	size := c.outbox.measure(chain)
 
-	// They are long, or have no room now.
+	// Replies that are long, or have no room now, are deliver's.
 	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isAtLimit()) {
 		go c.deliver(chain, size)
@@ -1380,7 +1384,7 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	b.chains.Add(long)
 	b.inputs.Add(-long)
 
-	// Each Get may keep another version of a list.
+	// Count each Get, because each may keep another version of the same list.
 	values := int64(0)
 	o.valueLists = 0
 	for q := chain; q != nil; q = q.next {
@@ -1505,8 +1509,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	}
 }
 
-// firstMessage returns the first message for q's reply, which has room. While all queues together
-// are over their limit, the reply's messages are small.
+// firstMessage returns the message in which q's reply begins. There is room for it. While all queues
+// together are over their limit, the reply's messages are small.
 func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
 	if o.budget.isAtLimit() {
@@ -1602,10 +1606,10 @@ func (o *outbox) drop(q *Query) {
 	o.client.server.lostReplies.Add(1)
 }
 
-// claim counts a reply of several messages, which has room, as queued before it is: once begun it
-// must end, whatever others queue meanwhile. It does not claim a reply of more than maxShared
-// messages, nor one that would take the queues a quarter over their limit: such a reply waits for
-// room message by message.
+// claim counts all bytes of a reply of several messages as queued before they are, because a reply
+// that has begun must end, whatever others queue meanwhile. It does not claim a reply of more than
+// maxShared messages, nor one that would take the queues a quarter over their limit: such a reply
+// waits for room message by message.
 func (o *outbox) claim(size int) {
 	most := o.budget.forQueues()
 	if size > o.piece && size <= maxShared*o.maxMessage &&
@@ -1661,8 +1665,8 @@ const (
 //   - if its chain pins values, and writes need the memory of such values (needsPinned);
 //   - if others wait for their Keys or Dump, and this is one.
 //
-// In the last two cases a client that drips is cut off, too; in the first one only while such chains
-// keep long lines from getting memory (takesLines).
+// In the last two cases a client that drips is cut off, too. In the first case it is cut off only if
+// the lines of waiting chains take so much memory that no other long line gets any (takesLines).
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1698,8 +1702,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// Before Ack mayCut holds for a Keys or Dump, and for a client that has sent long lines (longText)
-	// if the reply may not be dropped. (A reply that pins values may always be cut.)
+	// A client may be cut after Ack, or while it waits for a Keys or Dump. Another client may be cut if
+	// it has sent long lines (longText) and this reply may not be dropped, or if values are pinned.
 	mayCut := o.acked || o.listing != nil || o.longText > 0 && !mayDrop
 
 	for {
@@ -1712,7 +1716,7 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 			}
 		}
 
-		// Others need the memory that the client's chain keeps.
+		// If others need the memory of this chain, give up the replies that may be dropped.
 		if o.slow && !mayDrop && !mayCut && (o.budget.isCrowded() || o.budget.needsPinned()) {
 			mayCut = o.shed()
 		}
@@ -1734,7 +1738,8 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 
 // awaitProgress waits for word from writeToClient. Others may have the core meanwhile.
 func (o *outbox) awaitProgress() {
-	// A reply that waits keeps no core, and shares no memory with the store.
+	// A reply that waits keeps no core. Its short lists are cloned, so that they keep no memory of the
+	// store; its long ones count as pinned.
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
@@ -1772,7 +1777,8 @@ func (o *outbox) noteWait(d time.Duration) {
 }
 
 // tellRoom wakes a chain's holder that waits for room. writeToClient calls it when it has taken a
-// message out of buffer. If progress has a word already it sends nothing: that word wakes the chain's holder.
+// message out of buffer. If progress holds a word already, tellRoom sends nothing: that word wakes
+// the chain's holder.
 func (c *Client) tellRoom() {
 	select {
 	case c.progress <- true:
@@ -1787,8 +1793,8 @@ var (
 )
 
 // newMessage returns an empty message with room for left bytes, or for piece if that is less. It
-// borrows memory if the client keeps up or the message will be full. Any other message takes no
-// more memory than it needs.
+// borrows memory of a fixed size if the message will nearly fill it, or if the client keeps up. Any
+// other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
 
@@ -1945,8 +1951,8 @@ type pacedConn struct {
 	writing atomic.Bool  // a Write is under way; for isBroken
 	taken   atomic.Int64 // bytes in all; for noteWait
 
-	// Bytes were taken after a pause, so the client reads: if it did not, its sockets would have
-	// taken all bytes at once. False again when the client is slow.
+	// The connection took bytes after a pause. So the client reads, because room in its sockets would
+	// have been used without a pause. False again when the client is slow.
 	resumed bool
 }
 

@@ -44,8 +44,8 @@ const (
 	maxYields = 4
 
 	// A Commit that takes less time than slowCommit is over before its clients can come back, so
-	// the next batch does not wait for them (gathering). After a wait in vain the next batch does not
-	// wait, after further ones the next 3, 7 and so on do not, at most maxVain.
+	// the next batch does not wait for them (gathering). After one wait in vain the next batch does
+	// not wait; after two in a row the next 3 batches do not, then 7, and at most maxVain.
 	slowCommit = time.Millisecond
 	maxVain    = 63
 
@@ -67,8 +67,9 @@ const (
 	expireTime   = 50 * time.Millisecond
 	expireStride = 64
 
-	// How far above the floor a client's time (share.finish) may be before its next chain waits
-	// for a turn. Below that, chains run in the order in which they come, which costs nothing.
+	// How far a client's time (share.finish) may be above what others have had (keyValueServer.floor)
+	// before its next chain waits for a turn. Below that, chains run in the order in which they come,
+	// which costs nothing.
 	maxLead = 64 * time.Microsecond
 
 	fileCheckTime = time.Second // between two checks of the store's files
@@ -78,7 +79,7 @@ const (
 	defaultMaxClients   = 10_000 // 170 MB if all are quiet (memoryPerClient)
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	// open files that the process keeps for everything except clients: the store's, its log
+	// open files that are kept free for everything except clients: the store, the log
 	spareFiles    = 32
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
 	maxHandshakes = 1000 // TLS handshakes under way; fewer if the process may open few files
@@ -99,7 +100,7 @@ const (
 	// bytes that a write takes in the store besides its key and value, at most
 	memoryPerPair = 64
 
-	collectTime = time.Second // between two collections that refused writes start
+	collectTime = time.Second // between two collections of garbage because of refused writes
 
 	// Bytes by which the data and the clients must have shrunk before the process gives memory
 	// back at once. They must have shrunk by a quarter, too (freeMemory).
@@ -162,8 +163,9 @@ type keyValueServer struct {
 	// one slot is free and workLoop never waits.
 	countActive chan int
 
-	// Closed by Close: acceptClient and workLoop end, and readFromClient stops waiting for a Take,
-	// for memory or for a snapshot. Goroutines that read, list or drain input ask isClosing.
+	// Closed by Close: acceptClient ends, workLoop ends with the last client, and readFromClient stops
+	// waiting for a Take, for memory or for a snapshot. Goroutines that read, list or drain input ask
+	// isClosing.
 	closeSignal chan struct{}
 	serving     chan struct{} // closed by serve: workLoop runs
 	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: Writes end
@@ -191,7 +193,7 @@ type keyValueServer struct {
 	batch            []*Query      // chains that have run and wait for Commit
 	gathering        gathering     // for which clients the batch waits before its Commit
 	turns            turnQueue     // clients that wait for their turn
-	floor            time.Duration // the highest spent that a client had when it left turns to run
+	floor            time.Duration // the highest spent of a client whose turn came: what each has had
 	takes            takeQueues    // Takes that wait for a value
 	round            round
 	rejecting        int              // rejected connections that still have a writeToClient
@@ -209,7 +211,7 @@ type keyValueServer struct {
 	departed         int              // clients that have gone
 	largest          int64            // bytes, the most that budget.store was since FreeOSMemory
 	collectedAt      time.Time        // when a refused write last started a collection
-	requests         [queryTypes]int  // that were run or refused, by type
+	requests         [queryTypes]int  // how many of each type were run or refused
 }
 
 // seldom counts an event that may happen a thousand times a second and deserves one line of log
@@ -241,7 +243,7 @@ func (s *seldom) happened() (n int) {
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:        kvstore.StoreOf(db),
-		floor:     2 * maxRound,         // so only a new client has spent 0
+		floor:     2 * maxRound,         // spent never sinks to 0 (schedule): 0 means a new client
 		gathering: gathering{number: 3}, // so a client that has never written is not steady
 		takes:     takeQueues{of: map[string]*list.List{}},
 		batches:   storage.Histogram{Counts: true},
@@ -317,7 +319,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
-	// A TLS connection is a guest of fewConns until its handshake has ended. A unix socket has no
+	// Until its handshake has ended, a TLS connection is one of few (fewConns). A unix socket has no
 	// TLS.
 	most := max(1, s.budget.handshakes(s.handshakes)/len(listeners))
 	s.shaking.slots = make(chan struct{}, most*len(listeners))
@@ -601,8 +603,8 @@ func (s *keyValueServer) welcome(conn net.Conn) {
 }
 
 // reject tells conn that the server is full. The rejected client is not in the list, and
-// writeToClient is its only goroutine. While maxRejecting are being rejected, one more is closed at
-// once and may not get to read the message.
+// writeToClient is its only goroutine. At most maxRejecting connections at a time surely get the
+// message. One more is closed at once.
 func (s *keyValueServer) reject(conn net.Conn) {
 	if n := s.refusedClients.happened(); n > 0 {
 		s.log.Warn("turning clients away", "limit", s.maxClients, "since_last_line", n)
@@ -643,7 +645,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case q != nil:
 			s.dispatch(q)
 
-		// The queue is empty. Of the clients that wait, the one with the least finish is next.
+		// The queue is empty. Of the clients that wait, the one that has had the least time is next.
 		case len(s.turns) > 0 && s.mayRun(&s.turns[0].share):
 			sh := &heap.Pop(&s.turns).(*Client).share
 			s.floor = max(s.floor, sh.spent)
@@ -651,12 +653,12 @@ func (s *keyValueServer) runBatch(q *Query) {
 			sh.chain, sh.next = nil, nil // otherwise they stay in memory until its next turn
 			s.runChain(chain, next)
 
-		// The batch may grow.
+		// The batch may grow: let readers run, who may be about to send.
 		case yields < maxYields && s.mayGrow() && s.gathering.timer == nil:
 			yields++
 			runtime.Gosched()
 			if len(s.queries) > 0 {
-				s.round.begin() // the time until now was the readers'
+				s.round.begin() // the readers used the time until now
 			}
 
 		case s.mayGrow() && s.gathering.mustWait():
@@ -750,7 +752,7 @@ func (r *round) begin() {
 func (r *round) charge(sh *share, searched bool) {
 	now := r.now()
 	took := now - r.looked
-	counted := min(took, maxRound) // with all of it, each other client could run for as long first
+	counted := min(took, maxRound) // or this client would wait until all others have had as much
 	if !searched {
 		counted = min(counted, 2*sh.cost+maxLead)
 	}
@@ -787,8 +789,7 @@ type share struct {
 	isSteady bool // it also wrote in one of the two batches before that
 }
 
-// finish is what the client has spent, and what it will most likely spend until the next look at the
-// clock.
+// finish is the time that the client will have had at the next look at the clock, most likely.
 func (s *share) finish() time.Duration { return s.spent + s.cost }
 
 // isHeavy reports whether the client's requests of late take long.
@@ -823,7 +824,7 @@ type gathering struct {
 	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
 	timedOut bool             // timer has fired
 	skip     int              // how many batches are not to wait, because waits were in vain
-	vain     int              // what skip was after the last wait in vain; 0: the last wait was not
+	vain     int              // what skip was after the last wait; 0: that wait was not in vain
 }
 
 // came notes that sh's client has written in the batch.
@@ -844,7 +845,8 @@ func (g *gathering) left(sh *share) {
 	sh.isSteady = false
 }
 
-// mustWait reports whether the batch is to wait. It sets the timer that ends the wait.
+// mustWait reports whether the batch is to wait. If so, it sets the timer that ends the wait; if only
+// earlier waits in vain are against it, it counts skip down.
 func (g *gathering) mustWait() bool {
 	switch {
 	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
@@ -865,7 +867,7 @@ func (g *gathering) committed(took time.Duration) {
 		return
 	}
 
-	// The clients came too late, so the wait was of no use: wait less and less often.
+	// If the timer ended the wait, it was of no use: wait less and less often.
 	switch {
 	case g.timedOut:
 		g.vain = min(2*g.vain+1, maxVain)
@@ -931,7 +933,7 @@ func (s *keyValueServer) touch(chain *Query) {
 		s.db.Touch(s.touched)
 	}
 
-	// Otherwise touched would keep the lines in memory of which the keys are parts.
+	// The keys are parts of lines, and would keep these in memory.
 	clear(s.touched)
 }
 
@@ -940,12 +942,13 @@ func (s *keyValueServer) touch(chain *Query) {
 func (s *keyValueServer) runChain(chain, q *Query) {
 	c := chain.client
 
-	// A chain that goes on was begun in an earlier round.
+	// A chain that goes on in a later round is prepared already.
 	if q == chain {
 		s.prepare(chain)
 	}
 
-	// left counts requests down to the next look at the clock; searched is since the last look.
+	// left counts requests down to the next look at the clock. searched: a list was searched since
+	// the last look.
 	left, searched := c.share.stride, false
 	wrote := false
 	for ; q != nil && !s.commitFailed; q = q.next {
@@ -1003,7 +1006,7 @@ func (s *keyValueServer) run(q *Query) (writes bool) {
 		return false
 	}
 
-	// It may have brought a value that a Take waits for.
+	// Run it. It may bring a value that a Take waits for.
 	q.run(s.db, s.now)
 	if s.takes.n > 0 {
 		s.serveTakes(q)
@@ -1191,7 +1194,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	what             one client, at most          all clients, at most    at that limit
 //	values           -                            data                    writes are refused, except
 //	                                                                      those that free
-//	its bursts       two of burstSize, maxChain   half of forInput, and   they are read in pieces of
+//	its bursts       eight of burstSize, maxChain half of forInput, and   they are read in pieces of
 //	                 queries                      freeInput for each      freeSize, and in chains of
 //	                                                                      freeChain
 //	a line that has  its buffer, up to            forInput, freeInput     it waits; one that hardly
@@ -1439,7 +1442,7 @@ func (s *keyValueServer) freeMemory() {
 // semaphore limits how many goroutines at a time have something that is scarce.
 type semaphore struct {
 	slots   chan struct{} // holds a token for each slot that is taken
-	waiting atomic.Int64  // goroutines that wait for a slot, or for the memory of a list
+	waiting atomic.Int64  // goroutines that wait for a slot, or for memory (list, begun line)
 }
 
 // slot is one place in a semaphore, taken or not. One goroutine at a time owns it.
@@ -1458,7 +1461,7 @@ func (s *slot) acquire(stop <-chan struct{}) bool {
 	default:
 	}
 
-	// A client that reads its Keys or Dump too slowly is cut only while others wait (decide).
+	// Count this goroutine: decide cuts a slow reader of a Keys or Dump only while somebody waits.
 	s.of.waiting.Add(1)
 	defer s.of.waiting.Add(-1)
 
@@ -1500,7 +1503,7 @@ type pacer struct {
 	percent int // that was last set (GOGC)
 }
 
-// Bytes of garbage that there may be: garbageMin, one byte for each garbageShare bytes that are
+// Garbage is collected once it has so many bytes: garbageMin, one for each garbageShare bytes that are
 // alive, and as many as are in objects with pointers, because a collection reads these.
 const garbageMin, garbageShare = 16 << 20, 16
 
@@ -1543,7 +1546,7 @@ func (s *keyValueServer) commit() {
 		s.commitStore()
 	}
 
-	// Replies and counters are made only now: no client learns earlier what the chains have done.
+	// Replies leave only now: no client learns earlier what the chains have done.
 	for i, chain := range s.batch {
 		switch c := chain.client; {
 		case chain.queryType == countAll && s.commitFailed:
@@ -1612,7 +1615,7 @@ func (s *keyValueServer) leave(c *Client) {
 	s.clients = s.clients[:len(s.clients)-1]
 	s.departed++
 
-	// If a Write failed, that is the reason to log: reading ended because of it, or later.
+	// If a Write failed, that is the reason to log. That reading ended may be an effect of it.
 	level, reason := slog.LevelDebug, c.reason
 	switch {
 	case c.outbox.cutFor != "":
@@ -1772,8 +1775,8 @@ const unixPrefix = "unix:"
 // listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks after
 // 15 s of silence, then three times at intervals of 5 s. (If the peer has not confirmed what was
 // written to it, the kernel sends that again instead, for minutes.) The host localhost means
-// 127.0.0.1 and ::1, if the machine has both, because many clients try only one of them. The
-// system is not asked what that name means.
+// 127.0.0.1 and ::1, if the machine has both, because many clients try only one of them. localhost
+// is not looked up.
 func listen(addr string) (listeners []net.Listener, err error) {
 	if path, isUnix := strings.CutPrefix(addr, unixPrefix); isUnix {
 		return listenUnix(path)
@@ -2043,8 +2046,8 @@ type logCounts struct {
 	last         atomic.Int64 // when the last error was logged, as a Unix time; 0: never
 }
 
-// note counts the line of log to which a belongs if a is its level and that is Error. It is a
-// slog.HandlerOptions.ReplaceAttr that changes nothing.
+// note is called for each attribute of each line of log. If that is the level, and the level is Error,
+// note counts the line. It is a slog.HandlerOptions.ReplaceAttr that changes nothing.
 func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
 	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
 		n.errors.Add(1)
@@ -2181,8 +2184,8 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 }
 
 // onlyFor passes only requests on to next whose Host is an address, localhost or host. Otherwise
-// the owner of a web page could give its name our address, and a browser would let the page read
-// what the server answers (DNS rebinding).
+// somebody could let the name of a web site lead to our address, and a browser would let the site's
+// page read what the server answers (DNS rebinding).
 func onlyFor(host string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// The port may be missing, and an IPv6 address is in brackets.
