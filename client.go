@@ -35,11 +35,11 @@ const (
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a read buffer, at most; four times as many for lines of over 8 KiB
 
-	// However much memory others take, a client gets a read buffer of freeSize bytes and a chain of
-	// freeChain queries, and the key of its waiting Take may have freeKey bytes.
-	freeSize  = 4 << 10
-	freeChain = 32
-	freeKey   = 2 << 10
+	// However much memory others take, a client gets a read buffer of grantedSize bytes and a chain of
+	// grantedChain queries, and the key of its waiting Take may have grantedKey bytes.
+	grantedSize  = 4 << 10
+	grantedChain = 32
+	grantedKey   = 2 << 10
 
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
@@ -52,7 +52,7 @@ const (
 	// A client is a slow reader once its connection has taken no byte for slowAfter, or for up to
 	// six times as long if its sockets hold much that it has not read (patience).
 	slowAfter = time.Second
-	tickTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
+	lookTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
 	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is measured
 
 	// The time between two ticks of readFromClient. A tick gives back memory that was not needed
@@ -242,7 +242,7 @@ func (c *Client) readFromClient() {
 	c.in.pending = 0
 	c.resizeBuf(0)
 	isAnswered := c.await()
-	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, free: c.in.free}
+	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, granted: c.in.granted}
 	c.countInput()
 	if isAnswered {
 		c.tellLoss()
@@ -272,7 +272,7 @@ type input struct {
 	skipping bool    // the rest of a refused line is being skipped; pending is 0
 	forLine  bool    // buf is larger than a burst's may be, for the begun line alone
 	counted  int64   // bytes of buf, lent, queries and a Take's key that are counted in budget.inputs
-	free     int64   // those of buf, lent and queries that are counted in budget.free
+	granted  int64   // those of buf, lent and queries that are counted in budget.granted
 	takeKey  int     // bytes of a waiting Take's key, if it is long
 	lineSlot slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
@@ -299,7 +299,7 @@ func (c *Client) readLines() (burst string, err error) {
 	c.setTick()
 	space := in.buf[in.pending:]
 	if in.forLine { // read little of the next line: only little can be moved out of the large buffer
-		space = space[:min(len(space), freeSize)]
+		space = space[:min(len(space), grantedSize)]
 	}
 	n, err := c.connection.Read(space)
 
@@ -395,9 +395,9 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	in.queries = in.queries[:0]
 
 	for alone := false; burst != "" && c.reason == "" && !alone; {
-		// A chain of more than freeChain queries needs memory. Without that the chain ends here.
+		// A chain of more than grantedChain queries needs memory. Without that the chain ends here.
 		n := len(in.queries)
-		if n == maxChain || n >= freeChain && n == cap(in.queries) &&
+		if n == maxChain || n >= grantedChain && n == cap(in.queries) &&
 			!c.acquireInput(len(in.buf), 2*n, c.server.budget.forBursts()) {
 			break
 		}
@@ -499,13 +499,13 @@ func (c *Client) send(chain *Query) {
 
 // sendOf is send for a chain whose lines take text bytes of memory until it is answered.
 func (c *Client) sendOf(chain *Query, text int) {
-	free := burstSize // lines that are not long
+	short := burstSize // what lines that are not long may take
 	if c.in.forLine {
-		free = freeInput
+		short = grantedInput
 	}
 
 	c.underWay = true
-	c.outbox.longText = int64(max(0, text-free))
+	c.outbox.longText = int64(max(0, text-short))
 	c.server.queries <- chain
 }
 
@@ -515,7 +515,7 @@ func (c *Client) sendTake(q *Query) {
 	// The key stays in memory while the Take waits. A long key counts like a begun line. If there
 	// is no memory for it, the Take does not wait.
 	in := &c.in
-	if bytes := len(q.key); bytes > freeKey {
+	if bytes := len(q.key); bytes > grantedKey {
 		if b := &c.server.budget; !addUpTo(&b.inputs, int64(bytes), b.forInput()) {
 			q.seconds = 0
 			c.send(q)
@@ -666,7 +666,7 @@ func (in *input) givesWay(b *budget) bool {
 	if in.isFreeing() && b.freeing.waiting.Load() == 0 {
 		least = 1
 	}
-	in.hardlyCame = in.pending >= freeSize && in.came < least
+	in.hardlyCame = in.pending >= grantedSize && in.came < least
 	return hardlyCameBefore && in.hardlyCame && b.anyLine.waiting.Load() > 0
 }
 
@@ -677,26 +677,26 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 // ---- input: its memory
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries: free are those that every client may have, beyond are the others.
-func (in *input) need(size, queries int) (free, beyond int64) {
+// chain holds so many queries: granted are those that every client may have, beyond are the others.
+func (in *input) need(size, queries int) (granted, beyond int64) {
 	buffers := size + max(in.lentSize(size), len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
-	free = int64(min(all, freeInput))
-	return free, int64(all+in.takeKey) - free
+	granted = int64(min(all, grantedInput))
+	return granted, int64(all+in.takeKey) - granted
 }
 
 // lentSize returns how many bytes the buffer has that buf, of size bytes, will change places with.
 // Behind a long line only little is read.
 func (in *input) lentSize(size int) int {
 	if in.forLine {
-		return min(size, freeSize)
+		return min(size, grantedSize)
 	}
 	return size
 }
 
-// freeInput is how many bytes the input of each client may take however much others take: two
+// grantedInput is how many bytes the input of each client may take however much others take: two
 // buffers and a chain.
-const freeInput = 2*freeSize + freeChain*querySize
+const grantedInput = 2*grantedSize + grantedChain*querySize
 
 // querySize is how many bytes a query in a chain takes.
 const querySize = int(unsafe.Sizeof(Query{}))
@@ -708,8 +708,8 @@ func (c *Client) resizeInput() bool {
 	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
 
 	// The long line has ended, and others need its memory.
-	if in.forLine && in.pending < freeSize {
-		in.forLine, size = false, min(size, freeSize)
+	if in.forLine && in.pending < grantedSize {
+		in.forLine, size = false, min(size, grantedSize)
 		c.resizeBuf(size)
 		if !c.mayTakeWait() { // such a Take has memory of its own
 			c.await()
@@ -722,7 +722,7 @@ func (c *Client) resizeInput() bool {
 	case size == 0:
 		size = quietSize
 	case in.filled && size < next &&
-		(next <= freeSize || c.acquireInput(next, cap(in.queries), b.forBursts())):
+		(next <= grantedSize || c.acquireInput(next, cap(in.queries), b.forBursts())):
 		size = next
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
@@ -748,7 +748,7 @@ func (c *Client) resizeInput() bool {
 // acquireInput reports whether buf may have size bytes, and the chain so many queries, if all inputs
 // together may take most bytes. If they may, it counts what they need.
 func (c *Client) acquireInput(size, queries int, most int64) bool {
-	_, need := c.in.need(size, max(queries, freeChain)) // so many are free
+	_, need := c.in.need(size, max(queries, grantedChain)) // each client may have so many
 	more := max(0, need-c.in.counted)
 	if more > 0 && !addUpTo(&c.server.budget.inputs, more, most) {
 		return false
@@ -763,11 +763,16 @@ func (c *Client) acquireForLine(size int) bool {
 	return b.takesLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
 }
 
-// awaitLineMemory waits until buf may have size bytes for the begun line. One line at a time goes on
-// without memory (anyLine), or all could wait for each other for ever, and so does one line of a
-// request that frees (freeing). A line that hardly comes gives way to others that wait (givesWay).
-// While lines whose replies wait take too much, only a line that frees goes on (takesLines).
-// awaitLineMemory returns false if the connection is to end.
+// awaitLineMemory waits until buf may have size bytes for the begun line. What a line may take:
+//
+//   - like a burst, a part of half of forInput (resizeInput);
+//   - a part of all of forInput, while the lines whose replies wait are not too much (takesLines);
+//   - whatever it needs, if it has the only slot of anyLine: otherwise all lines could wait for each
+//     other for ever;
+//   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
+//
+// A line that hardly comes gives way to others that wait (givesWay). awaitLineMemory returns false if
+// the connection is to end.
 func (c *Client) awaitLineMemory(size int) bool {
 	in, b := &c.in, &c.server.budget
 
@@ -798,7 +803,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 			in.lineSlot = slot{of: &b.anyLine, taken: true}
 		case freeing <- struct{}{}:
 			in.lineSlot = slot{of: &b.freeing, taken: true}
-		case <-time.After(tickTime):
+		case <-time.After(lookTime):
 		case <-c.server.closeSignal:
 			c.end(weClose)
 			return false
@@ -822,7 +827,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 func (c *Client) mayHave(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
-	case b.inputs.Load()+b.chains.Load() > b.forInput()+b.forQueues()+int64(c.server.maxLine):
+	case b.inputs.Load()+b.longLines.Load() > b.forInput()+b.forQueues()+int64(c.server.maxLine):
 		return false
 	case of == &b.freeing:
 		return c.in.isFreeing()
@@ -836,11 +841,11 @@ func (in *input) isFreeing() bool { return begun(in.buf[:in.pending]).row().effe
 // countInput makes counted what the input needs now.
 func (c *Client) countInput() {
 	in, b := &c.in, &c.server.budget
-	free, counted := in.need(len(in.buf), cap(in.queries))
-	if free != in.free || counted != in.counted {
-		b.free.Add(free - in.free)
+	granted, counted := in.need(len(in.buf), cap(in.queries))
+	if granted != in.granted || counted != in.counted {
+		b.granted.Add(granted - in.granted)
 		b.inputs.Add(counted - in.counted)
-		in.free, in.counted = free, counted
+		in.granted, in.counted = granted, counted
 	}
 }
 
@@ -1052,7 +1057,7 @@ func (c *Client) list(q *Query) {
 	defer c.outbox.countAsWaiting(q)()
 	c.outbox.pin(c.server.budget.store.Load())
 
-	if l.countWanted() && l.awaitListMemory() && l.reply() {
+	if l.countWanted() && l.awaitKeysMemory() && l.reply() {
 		c.outbox.replyAll(&Query{queryType: listEnd, n: l.n})
 	}
 }
@@ -1113,9 +1118,9 @@ func (l *listing) countWanted() bool {
 	})
 }
 
-// awaitListMemory waits until there is memory for a part of the keys, and takes that memory. It
+// awaitKeysMemory waits until there is memory for a part of the keys, and takes that memory. It
 // returns false if the server closes meanwhile.
-func (l *listing) awaitListMemory() bool {
+func (l *listing) awaitKeysMemory() bool {
 	b := &l.client.server.budget
 	bytes := min(int64(max(l.wanted, 1))*stringSize, b.forList())
 	l.most = int(bytes / stringSize)
@@ -1130,7 +1135,7 @@ func (l *listing) awaitListMemory() bool {
 		// Nobody tells when a list is given up, so this looks now and then.
 		for !b.acquireList(bytes) {
 			select {
-			case <-time.After(tickTime):
+			case <-time.After(lookTime):
 			case <-l.client.server.closeSignal:
 				l.client.end(weClose)
 				return false
@@ -1160,7 +1165,7 @@ func (l *listing) reply() bool {
 		}
 
 		for few := range slices.Chunk(part, maxChain) {
-			l.client.outbox.replyAll(l.replies(few))
+			l.client.outbox.replyAll(l.queriesFor(few))
 			if l.client.isGone() || l.mustStop(len(part)) {
 				return false
 			}
@@ -1265,8 +1270,8 @@ func (l *listing) sort(keys []string) bool {
 	return !stops
 }
 
-// replies returns a chain that answers the keys found, and counts its lines in n.
-func (l *listing) replies(found []string) *Query {
+// queriesFor returns a chain that answers the keys found, and counts its lines in n.
+func (l *listing) queriesFor(found []string) *Query {
 	if l.queryType == keys {
 		l.n += len(found)
 		return &Query{queryType: keys, values: found, bytes: kvstore.SizeOf(found)}
@@ -1376,12 +1381,12 @@ func (c *Client) deliver(chain *Query, size int) {
 	c.done <- chain
 }
 
-// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.chains
+// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.longLines
 // instead of budget.inputs; the slices of its lists in budget.queued; and their values, which others
 // may remove from the store, in budget.pinned. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	b, long := o.budget, o.longText
-	b.chains.Add(long)
+	b.longLines.Add(long)
 	b.inputs.Add(-long)
 
 	// Count each Get, because each may keep another version of the same list.
@@ -1398,7 +1403,7 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	return func() {
 		o.pin(0)
 		b.queued.Add(-o.valueLists)
-		b.chains.Add(-long)
+		b.longLines.Add(-long)
 		b.inputs.Add(long)
 	}
 }
@@ -1688,7 +1693,7 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 
 	case (o.slow || o.drips && !o.budget.takesLines()) && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
-			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.chains.Load())
+			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.longLines.Load())
 	case (o.slow || o.drips) && o.pinned > 0 && o.budget.needsPinned():
 		return isCutOff, "it took a long reply too slowly, and others need the memory of its values"
 	case (o.slow || o.drips) && o.listing != nil && o.listing.place.isAwaited():
@@ -1908,7 +1913,7 @@ func (c *Client) drainInput() {
 			return
 		}
 
-		began, tick := time.Now(), min(left, silence-quiet, tickTime)
+		began, tick := time.Now(), min(left, silence-quiet, lookTime)
 		c.connection.SetReadDeadline(began.Add(tick))
 		n, err := c.connection.Read(scratch[:])
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1928,7 +1933,7 @@ func (c *Client) drainInput() {
 // because a tls.Conn cannot go on after a Write that timed out, and a pacedConn can.
 //
 // Write goes on until all bytes are taken, or one of its limits has passed. It looks in ticks of
-// tickTime, or of slowAfter once the client is slow, and counts ticks in which no byte was taken.
+// lookTime, or of slowAfter once the client is slow, and counts ticks in which no byte was taken.
 // It counts bytes, not Writes, because a Write of 64 KiB to a steady reader of 300 kB/s was seen to
 // take 1.8 s. It counts ticks, not time, because if this whole process stands still for a while,
 // that is one tick.
@@ -1963,12 +1968,12 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 	p.writing.Store(true)
 	defer p.writing.Store(false)
 	if p.until.IsZero() {
-		p.setDeadline(time.Now(), tickTime)
+		p.setDeadline(time.Now(), lookTime)
 	}
 
 	// The time without a byte taken. The first tick may have begun before this Write, so it does
 	// not count.
-	stalled, tick := -tickTime, tickTime
+	stalled, tick := -lookTime, lookTime
 	for {
 		m, err := p.Conn.Write(b[n:])
 		n += m
@@ -1977,7 +1982,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		p.taken.Add(int64(m))
 		p.unread = min(p.unread+m, socketMost)
 		slow := tick == slowAfter
-		p.resumed = p.resumed || m > 0 && stalled >= 2*tickTime
+		p.resumed = p.resumed || m > 0 && stalled >= 2*lookTime
 		if m > 0 && slow {
 			p.tell(true)
 			p.until = time.Time{} // it is too far away for the next Write
@@ -1995,7 +2000,7 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		}
 
 		if m > 0 {
-			stalled, tick = 0, tickTime
+			stalled, tick = 0, lookTime
 		} else {
 			if stalled += tick; stalled >= p.patience() {
 				tick = slowAfter // look less often
@@ -2017,7 +2022,7 @@ func (p *pacedConn) isBroken() bool {
 	if p.writing.Load() {
 		return false
 	}
-	p.Conn.SetWriteDeadline(time.Now().Add(tickTime)) // the last one may have passed
+	p.Conn.SetWriteDeadline(time.Now().Add(lookTime)) // the last one may have passed
 	_, err := p.Conn.Write(nil)
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
 }

@@ -691,7 +691,7 @@ func serve(c config, log *queuedLog) error {
 	}
 
 	tellStart(c, s, listeners)
-	(&pacer{server: s}).begin()
+	(&gcPacer{server: s}).begin()
 
 	// The server serves until a signal stops it, or the lock is lost, or the store fails.
 	select {
@@ -897,15 +897,15 @@ func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, fail
 // store writes all its data again, it goes on waiting. It counts ticks, not time: however long the
 // process itself is stopped, that counts as one tick.
 func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
-	for left := stopTime; left > 0; left -= tickTime {
+	for left := stopTime; left > 0; left -= lookTime {
 		select {
 		case <-ended:
 			return
-		case <-time.After(tickTime):
+		case <-time.After(lookTime):
 		}
 
 		// Somebody has removed files, and what was in them is not on disk again yet.
-		if left == tickTime && data.IsHealing() {
+		if left == lookTime && data.IsHealing() {
 			log.Warn("stopping waits until all data is written again; a second signal ends it at once")
 			left += stopTime
 		}

@@ -1185,7 +1185,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 // ---- budget: -max-memory and -max-queues
 
 // budget says how much memory there is for the data and for what clients make the server hold. Many
-// goroutines of clients, and the collector's pacer, count in the same fields, so these are atomic.
+// goroutines of clients, and the collector's gcPacer, count in the same fields, so these are atomic.
 //
 // Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth is
 // for queues and an eighth is for input, which gets a part of the reserve, too. So a client that does
@@ -1194,17 +1194,17 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	what             one client, at most          all clients, at most    at that limit
 //	values           -                            data                    writes are refused, except
 //	                                                                      those that free
-//	its bursts       eight of burstSize, maxChain half of forInput, and   they are read in pieces of
-//	                 queries                      freeInput for each      freeSize, and in chains of
-//	                                                                      freeChain
-//	a line that has  its buffer, up to            forInput, freeInput     it waits; one that hardly
-//	begun            -max-line, and freeSize      for each, and with a    comes is skipped while
-//	                                              slot (anyLine, freeing) others wait (givesWay)
-//	                                              queues and three lines
-//	a chain that     the same                     bursts as above; long   if lines alone are over
-//	waits                                         lines (longText) are    queues, others' long lines
-//	                                              part of those above,    wait; if the sum is over
-//	                                              and count with replies  queues, a client that
+//	its bursts       eight of burstSize, and      half of forInput, and   they are read in pieces of
+//	                 maxChain queries             grantedInput for each   grantedSize, and in chains
+//	                                                                      of grantedChain
+//	a line that has  its buffer, up to            forInput, grantedInput  it waits for memory or a
+//	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
+//	                                              (mayHave) queues and    one that hardly comes is
+//	                                              three lines more        skipped while others wait
+//	a chain that     the same                     bursts and lines as     if such lines alone are over
+//	waits                                         above; long lines       queues, others' long lines
+//	                                              (longText) count with   wait; if the sum is over
+//	                                              replies, too            queues, a client that
 //	                                                                      takes nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
 //	                 one being made, one being    for replies that have   nothing loses them; after
@@ -1250,13 +1250,13 @@ type budget struct {
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
 	// In use, in bytes.
-	queued   atomic.Int64 // replies, lists and copied keys that wait
-	keyLists atomic.Int64 // of queued: keys to be listed
-	chains   atomic.Int64 // long lines whose replies wait
-	inputs   atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	free     atomic.Int64 // of these buffers and chains, what each client may have (freeInput)
-	store    atomic.Int64 // store and clients, as workLoop last noted them
-	pinned   atomic.Int64 // values that waiting replies would keep if others removed them all
+	queued    atomic.Int64 // replies, lists and copied keys that wait
+	keyLists  atomic.Int64 // of queued: keys to be listed
+	longLines atomic.Int64 // long lines whose replies wait
+	inputs    atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
+	granted   atomic.Int64 // of these buffers and chains, what each client may have (grantedInput)
+	store     atomic.Int64 // store and clients, as workLoop last noted them
+	pinned    atomic.Int64 // values that waiting replies would keep if others removed them all
 
 	// What else was alive after the last collection: most likely values that are pinned and were
 	// removed from the store (removed), and all the rest (other).
@@ -1322,8 +1322,8 @@ func (b *budget) forQueues() int64 {
 
 // accounted is how many bytes are in use according to the other counts.
 func (b *budget) accounted() int64 {
-	return b.store.Load() + b.queued.Load() + b.chains.Load() + b.inputs.Load() +
-		b.free.Load()
+	return b.store.Load() + b.queued.Load() + b.longLines.Load() + b.inputs.Load() +
+		b.granted.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1339,7 +1339,7 @@ func (b *budget) fits(bytes, ofReserve int64) bool {
 func (b *budget) isAtLimit() bool { return !b.mayQueue(0) }
 
 // isCrowded reports whether all queues and the chains that wait have together reached that limit.
-func (b *budget) isCrowded() bool { return !b.mayQueue(b.chains.Load()) }
+func (b *budget) isCrowded() bool { return !b.mayQueue(b.longLines.Load()) }
 
 // needsPinned reports whether the removed values that replies still pin are many, and do not fit into
 // forData beside the data. Then clients that read too slowly must give up what they have pinned.
@@ -1374,7 +1374,7 @@ func (b *budget) acquireList(bytes int64) bool {
 	return addUpTo(&b.keyLists, bytes, b.forQueues()/listsShare)
 }
 
-// forInput is how many bytes the buffers and chains of all clients may take beyond freeInput; 0: no
+// forInput is how many bytes the buffers and chains of all clients may take beyond grantedInput; 0: no
 // limit.
 func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inputOfReserve }
 
@@ -1383,7 +1383,7 @@ func (b *budget) forBursts() int64 { return b.forInput() / 2 }
 
 // takesLines reports whether a long line may get memory now. If the lines whose replies wait have
 // reached the limit of the queues, clients that take too little are cut first.
-func (b *budget) takesLines() bool { return b.limit == 0 || b.chains.Load() < b.forQueues() }
+func (b *budget) takesLines() bool { return b.limit == 0 || b.longLines.Load() < b.forQueues() }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
@@ -1495,10 +1495,10 @@ func (s *slot) yield() {
 // isAwaited reports whether the slot is taken and others wait for one.
 func (s *slot) isAwaited() bool { return s.taken && s.of.waiting.Load() > 0 }
 
-// pacer chooses how much garbage there may be before it is collected. Go lets the heap double. But
+// gcPacer chooses how much garbage there may be before it is collected. Go lets the heap double. But
 // nearly all of our heap is data that a collection does not even read, so a collection costs little
 // and may come sooner: the process takes a third less memory.
-type pacer struct {
+type gcPacer struct {
 	server  *keyValueServer
 	percent int // that was last set (GOGC)
 }
@@ -1509,14 +1509,14 @@ const garbageMin, garbageShare = 16 << 20, 16
 
 // begin calls choose now and after each collection: a collection runs the finalizer of an object to
 // which nothing points. The finalizers run on a goroutine of Go's runtime.
-func (p *pacer) begin() {
+func (p *gcPacer) begin() {
 	p.choose()
-	type unused struct{ p *pacer }
+	type unused struct{ p *gcPacer }
 	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
 }
 
 // choose sets the collector's percentage, and tells the budget how many bytes are alive.
-func (p *pacer) choose() {
+func (p *gcPacer) choose() {
 	// Both are from the last collection, and cost little to read.
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
@@ -1651,14 +1651,14 @@ func (s *keyValueServer) stopReading() {
 	for _, c := range s.clients {
 		c.connection.SetReadDeadline(now)
 	}
-	s.closeTick = time.After(tickTime)
+	s.closeTick = time.After(lookTime)
 }
 
 // hurry ends all Writes when closeTime is over. It counts ticks: a while in which the whole process
 // stood still counts as one tick.
 func (s *keyValueServer) hurry() {
-	if s.closeTicks++; s.closeTicks < int(closeTime/tickTime) {
-		s.closeTick = time.After(tickTime)
+	if s.closeTicks++; s.closeTicks < int(closeTime/lookTime) {
+		s.closeTick = time.After(lookTime)
 		return
 	}
 

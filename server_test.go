@@ -549,7 +549,7 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		world.Pass(2 * stopTime)
 		close(ended)
 		close(goOn)
-		world.Pass(tickTime)
+		world.Pass(lookTime)
 		log.flush()
 		close(log.lines)
 		is.In(t, "the log", text.take(), "waits until all data is written again")
@@ -2448,7 +2448,7 @@ func TestMemoryLimitLeavesLessGarbage(t *testing.T) {
 	s.budget.limitTo(1<<30, 0)
 	pinned := make([]byte, 2*garbageMin)
 	runtime.GC()
-	p := pacer{server: s}
+	p := gcPacer{server: s}
 	p.choose()
 	without := p.percent
 	s.budget.pinned.Store(int64(len(pinned)))
@@ -2467,7 +2467,7 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	// No other collection comes in between.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	runtime.GC()
-	(&pacer{server: s}).begin()
+	(&gcPacer{server: s}).begin()
 	a.Ask("Ack", ":OK 0")
 	forced := func() uint32 {
 		var stats runtime.MemStats
@@ -2521,8 +2521,8 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					}
 					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
 					b.Ask("Put:k:v\nPing", ":PONG")
-					for range slowAfter / tickTime {
-						if world.Pass(tickTime); c.drips {
+					for range slowAfter / lookTime {
+						if world.Pass(lookTime); c.drips {
 							mute.Conn.Read(make([]byte, 5*kilo))
 						}
 					}
@@ -2652,7 +2652,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 					}()
 				}
 				world.Pass(quietAfter / 2)
-				most := share + kind.clients*freeInput + 1<<19 // one line has a slot
+				most := share + kind.clients*grantedInput + 1<<19 // one line has a slot
 				if held := heapBytes() - before; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
@@ -2704,7 +2704,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			world.Pass(slowAfter + lineTime)
 
 			b := &n.server.budget
-			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.chains.Load()+b.inputs.Load(), 0, 3*share)
+			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.longLines.Load()+b.inputs.Load(), 0, 3*share)
 			b.collected(int64(heapBytes() - before))
 			a := n.DialAck(t)
 			a.Ask("Put:other:v", ":OK 1")
@@ -2712,7 +2712,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 
 			closeClients(clients)
 			world.Pass(2 * probeTime) // so that the server notices that waiting clients have gone
-			is.Equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.chains.Load()+b.inputs.Load(), 0)
+			is.Equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.longLines.Load()+b.inputs.Load(), 0)
 		})
 	}
 }
@@ -2924,7 +2924,7 @@ func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
 // than the budget's table says.
 func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
 	b := &n.server.budget
-	free := int64(clients*(freeInput+2*quietSize) + 2*2*burstSize) // and two lines that have a slot
+	free := int64(clients*(grantedInput+2*quietSize) + 2*2*burstSize) // and two lines that have a slot
 	is.Between(t, "bytes of input", n.inputs(), 0,
 		b.forInput()+b.forQueues()+int64(n.server.maxLine)+free)
 }
@@ -2938,7 +2938,7 @@ func TestMemoryLimitBesideALongLine(t *testing.T) {
 		b.inputs.Add(b.forInput())
 		long, a := n.Dial(t), n.DialAck(t)
 		long.Post("Put:k:" + strings.Repeat("v", 5<<20))
-		is.Within(t, 0, tickTime, func() { a.Ask("Delete:"+strings.Repeat("k", 900*kilo), ":OK 0") })
+		is.Within(t, 0, lookTime, func() { a.Ask("Delete:"+strings.Repeat("k", 900*kilo), ":OK 0") })
 		b.inputs.Add(-b.forInput())
 		long.Close()
 	})
@@ -2969,7 +2969,7 @@ func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 		line := "Set:k:" + strings.Repeat("v", 60*kilo)
 		go slow.SendSome(line)
 		synctest.Wait()
-		is.Within(t, 0, tickTime, func() { other.Ask(line, ":OK 0") })
+		is.Within(t, 0, lookTime, func() { other.Ask(line, ":OK 0") })
 		b.inputs.Add(-b.forBursts())
 		slow.Close()
 	})
@@ -3030,7 +3030,7 @@ func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
 		}
 		world.Pass(quietAfter)
 		first.Ask("", ":OK 1") // from here on the line of a may have the memory
-		world.Pass(tickTime)
+		world.Pass(lookTime)
 		go other.SendSome(strings.Repeat("v", 5*kilo))
 		world.Pass(quietAfter * 3 / 2)
 		a.Ask("", ":OK 1")
@@ -3105,9 +3105,9 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 			mute := n.dialMute(t)
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			go send(mute)
-			world.Pass(tickTime)
+			world.Pass(lookTime)
 			a := n.DialAck(t)
-			is.Within(t, 0, 2*tickTime, func() {
+			is.Within(t, 0, 2*lookTime, func() {
 				a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
 				a.Want(":OK 1")
 			})
@@ -3232,7 +3232,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		c.Want(":ERROR line 0: server is full (3 clients)")
 		c.Close()
 		go a.SendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
-		world.Pass(tickTime) // not yet slow, so hardly anything is queued
+		world.Pass(lookTime) // not yet slow, so hardly anything is queued
 		is.Between(t, "bytes of a chain that keeps 20 lists", watch.Stat("queued_bytes"), 5*values*stringSize,
 			math.MaxInt)
 		a.Close()
@@ -3777,7 +3777,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 				c.SendAll(request)
 				got := new(strings.Builder)
 				for err := error(nil); err == nil; _, err = io.CopyN(got, c.R, 100*kilo) {
-					<-time.After(tickTime)
+					<-time.After(lookTime)
 				}
 				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
 					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
@@ -3791,7 +3791,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 			close(ended)
 		}()
 		watch := n.Dial(t)
-		for began := time.Now(); !isClosed(ended); world.Pass(tickTime) {
+		for began := time.Now(); !isClosed(ended); world.Pass(lookTime) {
 			is.Between(t, "bytes of lists", n.server.budget.keyLists.Load(), 0, limit/listsShare)
 
 			// Replies that have begun may take a quarter more.
@@ -3829,7 +3829,7 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 				go func() {
 					for !isClosed(mayEnd) {
 						io.CopyN(io.Discard, c.Conn, int64(drip))
-						<-time.After(tickTime)
+						<-time.After(lookTime)
 					}
 				}()
 			})
@@ -3839,7 +3839,7 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 			a := n.DialAck(t)
 			is.Within(t, 0, 6*dripTime, func() { a.Ask("Keys:none", ":OK 0") })
 			close(mayEnd)
-			world.Pass(tickTime)
+			world.Pass(lookTime)
 			a.HangUp()
 			closeClients(slow)
 		})
@@ -4164,7 +4164,7 @@ func TestOutboxAllocations(t *testing.T) {
 // ---- client.go: slow readers and steady ones
 
 // seenSlow is the time in which a client that reads nothing is noticed to be slow.
-const seenSlow = slowAfter + 2*tickTime
+const seenSlow = slowAfter + 2*lookTime
 
 // Ensure that a client that reads nothing keeps at least the promised queue, loses the rest, is
 // told how much, and delays nobody.
@@ -4250,7 +4250,7 @@ func TestSlowReaderIsNotSeenTooEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, _, told := paced()
 		conn.Write(make([]byte, world.StreamSize))
-		world.Pass(tickTime / 2)
+		world.Pass(lookTime / 2)
 
 		start := time.Now()
 		go conn.Write([]byte{0})
@@ -4293,7 +4293,7 @@ func TestSlowReaderFate(t *testing.T) {
 			client.buffer <- nil
 		}
 		s.budget.queued.Store(max(0, c.bytes))
-		s.budget.chains.Store(max(0, -c.bytes))
+		s.budget.longLines.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
 		is.Equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
@@ -4302,7 +4302,7 @@ func TestSlowReaderFate(t *testing.T) {
 	// Others' long lines get no memory because of what clients that drip keep.
 	s := New(kvstore.NewMemory())
 	s.budget.limitTo(64<<20, 1000)
-	s.budget.chains.Store(1000)
+	s.budget.longLines.Store(1000)
 	client := unwritten(s)
 	for range maxShared {
 		client.buffer <- nil
@@ -4330,7 +4330,7 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			}
 			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {
-				world.Pass(slowAfter - tickTime)
+				world.Pass(slowAfter - lookTime)
 				io.ReadFull(reader, make([]byte, world.StreamSize))
 			}
 			world.Pass(1700 * time.Millisecond)
@@ -4635,7 +4635,7 @@ func (s simulated) Left() (what []string) {
 		"bytes are still queued":  s.budget.queued.Load(),
 		"bytes of lists are kept": s.budget.keyLists.Load(),
 		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
-		"bytes of input are kept": s.budget.inputs.Load() + s.budget.free.Load() + s.budget.chains.Load(),
+		"bytes of input are kept": s.budget.inputs.Load() + s.budget.granted.Load() + s.budget.longLines.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
@@ -4766,7 +4766,7 @@ func (n *fakeNet) dialMute(t *testing.T) *protocol.Client {
 	c := n.DialAck(t)
 	for _, request := range []string{"Get:big\n", "Ping\n", "Ping\n"} {
 		c.Send(request)
-		world.Pass(tickTime)
+		world.Pass(lookTime)
 	}
 	return c
 }
