@@ -731,7 +731,7 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	again := make(chan os.Signal, 1)
 	signal.Notify(again, syscall.SIGHUP)
 	if c.cert != "" {
-		if s.tls, err = serverTLS(c, s.log, again); err != nil {
+		if s.tls, err = storage.WatchTLS(c.cert, c.key, c.clientCA, s.log, again); err != nil {
 			return nil, err
 		}
 	}
@@ -757,11 +757,6 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 
 	s.db = store
 	return store, nil
-}
-
-// serverTLS reads the certificates of a server, which are read again when again receives a signal.
-func serverTLS(c config, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
-	return storage.WatchTLS(c.cert, c.key, c.clientCA, log, again)
 }
 
 // openDirectory opens a directory of the file system, or one in an etcd cluster.

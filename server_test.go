@@ -510,7 +510,7 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		b.HangUp()
 		n.server.Close()
 
-		text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(n.log.take(), "")
+		text := regexp.MustCompile(`(?m)^time=\S+ `).ReplaceAllString(n.log.Take(), "")
 		want := `level=WARN msg="client left" client=3 addr=fake ` +
 			`reason="slow reader, 1 replies dropped; then `
 		if lines := strings.Split(text, "\n"); len(lines) != 4 || !strings.HasPrefix(lines[0], want) {
@@ -543,7 +543,7 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		world.Pass(2 * time.Second) // until the store looks at its files
 		go db.Commit()
 
-		var text screen
+		var text command.Screen
 		log := newLog(&text, false, false)
 		go giveUp(log, db, ended) // which would end this process
 		world.Pass(2 * stopTime)
@@ -552,7 +552,7 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		world.Pass(lookTime)
 		log.flush()
 		close(log.lines)
-		is.In(t, "the log", text.take(), "waits until all data is written again")
+		is.In(t, "the log", text.Take(), "waits until all data is written again")
 		is.OK(t, db.Close())
 	})
 }
@@ -567,109 +567,6 @@ func TestKilledServer(t *testing.T) {
 // ---- main.go: certificates, and server.go: TLS
 
 func TestTLS(t *testing.T) { command.TLS(t, binary) }
-
-// Ensure that certificates are read again when the content of their files changes, even if size and
-// time stay the same, or when the server is told to; that a bad file, or one that is no regular
-// file any more, changes nothing; and that the end of a certificate is logged in time, once a day.
-func TestTLSCertificatesAreReadAnew(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		dir, others := command.Certificates(t, "server"), command.Certificates(t, "server")
-		c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key"),
-			clientCA: filepath.Join(dir, "ca.pem")}
-		var log screen
-		again := make(chan os.Signal)
-		served, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
-		is.OK(t, err)
-		shown := func() string {
-			now, _ := served.GetConfigForClient(nil)
-			return string(now.Certificates[0].Leaf.Raw)
-		}
-		at := time.Now()
-		put := func(name string, data []byte) {
-			file := filepath.Join(dir, name)
-			if old, err := os.ReadFile(file); err == nil && len(old) > len(data) {
-				data = append(data, bytes.Repeat([]byte("\n"), len(old)-len(data))...)
-			}
-			os.WriteFile(file, data, 0o600)
-			os.Chtimes(file, at, at)
-		}
-		for _, name := range []string{"server.pem", "server.key"} {
-			data, _ := os.ReadFile(filepath.Join(dir, name))
-			put(name, append(data, "\n\n\n\n"...)) // certificates differ in size by a few bytes
-		}
-		read := func(name string) []byte {
-			data, _ := os.ReadFile(filepath.Join(others, name))
-			return data
-		}
-		wantLog := func(d time.Duration, times map[string]int) {
-			t.Helper()
-			world.Pass(d)
-			told := log.take()
-			for text, want := range times {
-				is.Equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
-			}
-		}
-		const look = storage.LookAgain + time.Second
-		bad := map[string]int{"cannot read the certificates again": 1}
-
-		// The CA is a pipe for a while.
-		ca := filepath.Join(dir, "ca.pem")
-		oldCA, _ := os.ReadFile(ca)
-		if err := exec.Command("mkfifo", ca+".pipe").Run(); err == nil {
-			is.OK(t, os.Rename(ca+".pipe", ca))
-		}
-
-		world.Pass(look)
-		first := shown()
-		put("server.pem", read("server.pem")) // its key is not there yet
-		wantLog(2*look, bad)
-		is.Equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
-		put("server.key", read("server.key"))
-		wantLog(look, map[string]int{"ends soon": 1}) // of the new one
-		second := shown()
-		is.Equal(t, "it shows a new pair", second != first, true)
-		now, _ := served.GetConfigForClient(nil)
-		is.Equal(t, "what it wants of clients beside a new pair", now.ClientAuth, tls.RequireAndVerifyClientCert)
-		os.Remove(ca)
-		put("ca.pem", oldCA)
-		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
-		put("server.key", old)
-		for range 2 {
-			again <- syscall.SIGHUP
-			wantLog(0, bad)
-		}
-		is.Equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
-		put("server.key", read("server.key"))
-		world.Pass(look)
-		log.take()
-		put("ca.pem", read("ca.pem"))
-		wantLog(look, map[string]int{"ends soon": 1}) // because a file was read that is new
-		wantLog(look, map[string]int{"ends soon": 0})
-		again <- syscall.SIGHUP
-		wantLog(0, map[string]int{"ends soon": 1})
-
-		// A key that is now a pipe without a writer is not read, and the CA is.
-		key := filepath.Join(dir, "server.key")
-		os.Remove(key)
-		if err := exec.Command("mkfifo", key).Run(); err == nil {
-			put("server.pem", read("server.pem")[1:])
-			put("ca.pem", oldCA)
-			wantLog(look, map[string]int{"cannot read": 0, "ends soon": 1})
-			is.Equal(t, "beside a pipe it shows the old pair", shown() == second, true)
-		} else {
-			t.Logf("without mkfifo there is no pipe to try: %v", err)
-		}
-
-		// The certificate in use is valid for an hour, whatever happens to its file.
-		os.Remove(filepath.Join(dir, "server.pem"))
-		world.Pass(look)
-		log.take()
-		wantLog(time.Hour+time.Minute, map[string]int{"has ended": 1, "within ten seconds": 1})
-		wantLog(storage.WarnAgain, map[string]int{"has ended": 1, "ends soon": 0})
-		close(again)
-	})
-}
 
 // Ensure that a handshake that does not go on ends in time, and that Close does not wait for one.
 func TestTLSHandshakeIsLimited(t *testing.T) {
@@ -710,7 +607,7 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 		flood()
 		synctest.Wait()
 		lines := regexp.MustCompile(
-			`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(n.log.take(), -1)
+			`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(n.log.Take(), -1)
 		if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
 			t.Errorf("200 failing handshakes are told as %q", lines)
 		}
@@ -813,26 +710,6 @@ func (f *farConn) Read(p []byte) (int, error) {
 	n, err := f.HalfConn.Read(p)
 	<-time.After(f.trip)
 	return n, err
-}
-
-// Ensure that a certificate that could not be read again is not said to be read.
-func TestTLSCertificateThatIsGone(t *testing.T) {
-	dir := command.Certificates(t, "server") // of today, which is years ahead in the bubble
-	c := config{cert: filepath.Join(dir, "server.pem"), key: filepath.Join(dir, "server.key")}
-	synctest.Test(t, func(t *testing.T) {
-		var log screen
-		again := make(chan os.Signal)
-		_, err := serverTLS(c, slog.New(slog.NewTextHandler(&log, nil)), again)
-		is.OK(t, err)
-		os.Remove(c.key)
-		log.take()
-		again <- syscall.SIGHUP
-		synctest.Wait()
-		if told := log.take(); !strings.Contains(told, "cannot read") || strings.Contains(told, "is read") {
-			t.Errorf("the log says %s", told)
-		}
-		close(again)
-	})
 }
 
 // ---- main.go: the client in the binary
@@ -1209,31 +1086,11 @@ func TestCommandRefusesUTF16(t *testing.T) {
 
 func TestCommandOutput(t *testing.T) { command.ClientOutput(t, binary, serveTCP) }
 
-// screen is a buffer that several goroutines may write to, as to a terminal.
-type screen struct {
-	mu sync.Mutex
-	bytes.Buffer
-}
-
-func (s *screen) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.Buffer.Write(b)
-}
-
-// take returns the text on the screen, and clears it.
-func (s *screen) take() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	defer s.Reset()
-	return s.String()
-}
-
 // Ensure that a user at a terminal sees the answer to each request, also to a write.
 func TestCommandOnATerminal(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var screen screen
+		var screen command.Screen
 		in, typed := io.Pipe()
 		go func() {
 			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
@@ -1760,7 +1617,7 @@ func TestAcceptBacksOff(t *testing.T) {
 		const want = 1275*time.Millisecond + 4*time.Second // 5, 10, 20 ... 640 ms, then 1 s four times
 		is.Within(t, want, want, func() { n.Dial(t).Ask("Ping", ":PONG") })
 		n.server.Close()
-		log := n.log.take()
+		log := n.log.Take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
 			is.Equal(t, line+", in the log", strings.Count(log, line), 1)
 		}
@@ -1800,7 +1657,7 @@ func TestMaxClients(t *testing.T) {
 		d.WantClosed()
 		is.Within(t, 0, drainTime, n.server.Close)
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
-			strings.Count(n.log.take(), "turning clients away"), 2)
+			strings.Count(n.log.Take(), "turning clients away"), 2)
 	})
 }
 
@@ -2383,7 +2240,7 @@ func TestMemoryLimit(t *testing.T) {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
 		a.HangUp()
-		is.Equal(t, "lines of log that say so", strings.Count(n.log.take(), "the memory is full"), 1)
+		is.Equal(t, "lines of log that say so", strings.Count(n.log.Take(), "the memory is full"), 1)
 	})
 }
 
@@ -3165,7 +3022,7 @@ func TestMaxQueues(t *testing.T) {
 		}
 		synctest.Wait()
 		honest.WantStat("queued_bytes", 0)
-		is.Between(t, "clients that were cut, in the log", strings.Count(n.log.take(), "(-max-queues)"), 1, 5)
+		is.Between(t, "clients that were cut, in the log", strings.Count(n.log.Take(), "(-max-queues)"), 1, 5)
 	})
 }
 
@@ -4456,7 +4313,7 @@ func TestWriteTimeout(t *testing.T) {
 			io.CopyN(io.Discard, b.R, 10_000)
 			world.Pass(time.Minute) // a may have taken a part of the unfinished Write
 			is.Equal(t, "clients after the timeout", n.server.CountActive(), 1)
-			is.In(t, "the log", n.log.take(), "it took nothing for 1m0s (-write-timeout)")
+			is.In(t, "the log", n.log.Take(), "it took nothing for 1m0s (-write-timeout)")
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.R, 40_000)
 				world.Pass(time.Minute - 1)
@@ -4713,7 +4570,7 @@ type fakeNet struct {
 	*world.Listener
 	*protocol.Net
 	server *keyValueServer
-	log    screen // of the server
+	log    command.Screen // of the server
 
 	wrap func(net.Conn) net.Conn // makes the server's side of a connection
 	// called by the server's connections when a read deadline in the future is set

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -93,4 +94,24 @@ func ClientBehindAQuit(t *testing.T, program protocol.Program, serve Serve) {
 	for _, input := range []string{"Quit\nPut:a:b\n", "Quit\nPut:a:b\nQuit\n"} {
 		program.Prints(t, input, "Nothing after a Quit is run.", false, "-addr", addr, "-c")
 	}
+}
+
+// Screen is a buffer that several goroutines may write to, as to a terminal.
+type Screen struct {
+	mu sync.Mutex
+	bytes.Buffer
+}
+
+func (s *Screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Buffer.Write(b)
+}
+
+// Take returns the text on the screen, and clears it.
+func (s *Screen) Take() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer s.Reset()
+	return s.String()
 }
