@@ -173,14 +173,14 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {
-	foreign, damaged, inUse := t.TempDir(), t.TempDir(), t.TempDir()
+	foreign, damaged, inUse, beside := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
 	store := OpenStore(t, inUse)
 	t.Cleanup(func() { store.Close() })
 
 	return []mistake{
-		{"backup " + foreign + " " + filepath.Join(foreign, "copy"), "not a data directory: ",
+		{"backup " + foreign + " " + filepath.Join(beside, "copy"), "not a data directory: ",
 			"Nothing was changed. Take out what is not a store's, or give another directory: for new data"},
 		{"-data /no/such/dir", "the data directory does not exist: /no/such/dir",
 			"Give the server's data directory. For a new server create it: mkdir -m 700 /no/such/dir"},
@@ -192,7 +192,7 @@ func failuresWithData(t *testing.T, program string) []mistake {
 			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
 				damaged},
 		{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
-		{"repair " + inUse + " " + filepath.Join(foreign, "new"),
+		{"repair " + inUse + " " + filepath.Join(beside, "new"),
 			fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
 			"Nothing was changed. Stop that process first"},
 		{"-data " + inUse,
