@@ -773,6 +773,36 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 	}
 }
 
+// Ensure that on a full disk the only value of a key can be removed even if it is larger than all the
+// room that is kept: the log gets the key alone.
+func TestFullDiskRemovesAnOnlyValue(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	value := strings.Repeat("v", 10*d.zerosAhead)
+	if err := d.Room("key", int64(3+len(value)), 0); err != nil {
+		t.Fatal(err)
+	}
+	d.Put("key", value)
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+
+	// Afterwards SPARE is as long as Deletes need, and not as this write needed.
+	if !d.rotateEarly() || d.compactNow() != nil {
+		t.Fatal("nothing is compacted")
+	}
+	dir.Room = sizeOf(dir)
+	if err := d.Room("key", int64(3+len(value)), 1); err != nil || !d.Remove("key", value) {
+		t.Errorf("no room to remove a key's only value: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if again, err := openSmall(dir, Options{}); err != nil || keysOf(again) != 0 {
+		t.Errorf("opened again: %v", err)
+	}
+}
+
 // Ensure that on a full disk Removes and Takes, however many come, leave the room that it takes to
 // delete every key.
 func TestFullDiskKeepsRoomForDeletes(t *testing.T) {
