@@ -64,7 +64,7 @@ func (d *Store) mayCompact() bool {
 	case <-d.stop:
 		return false // a compaction would give up at once
 	default:
-		return !time.Now().Before(d.compactAfter) && d.dir.RoomFor(d.liveBytes(), true) == nil
+		return !time.Now().Before(d.compactAfter) && d.dir.RoomFor(d.liveBytes(), 0, true) == nil
 	}
 }
 

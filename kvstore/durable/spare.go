@@ -65,14 +65,14 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 		return nil
 	case !frees && d.noHeal != nil:
 		return d.noHeal
-	case d.zerosAhead == 0:
-		return d.dir.RoomFor(need, frees)
 	case frees && d.room >= need && d.spare.fileSize >= d.toDelete(0): // as usually
 		return nil
 	case frees && removes >= d.Count(key): // the log gets the key alone
 		return d.roomToFree(d.needFor(min(bytes, 2*int64(len(key)))), 0)
 	case frees:
 		return d.roomToFree(need, d.toDelete(0))
+	case d.zerosAhead == 0:
+		return d.dir.RoomFor(need, d.toDelete(bytes), false)
 	}
 
 	// Shortly after a refusal, a write that is as large is refused without asking the disk.
@@ -149,6 +149,10 @@ func (d *Store) roomBeside(need, wanted int64) error {
 // roomToFree is Room for a request that frees room. On a full disk the log takes room from SPARE,
 // but leaves wanted bytes for Deletes.
 func (d *Store) roomToFree(need, wanted int64) error {
+	if d.zerosAhead == 0 {
+		return d.dir.RoomFor(need, wanted, true)
+	}
+
 	err := d.makeRoomAnywhere(need, wanted)
 	if err == nil {
 		return nil

@@ -640,7 +640,7 @@ func (d *Store) isWhole() error {
 // lock once more. It writes nothing if the disk has no room for this frame and for a frame that
 // says that another file follows.
 func (d *Store) writeCleanStop() error {
-	err := d.dir.RoomFor(2*frameSize, true)
+	err := d.dir.RoomFor(2*frameSize, 0, true)
 	if d.zerosAhead > 0 {
 		err = d.current.writeZeros(2 * frameSize)
 	}

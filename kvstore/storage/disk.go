@@ -76,7 +76,7 @@ func (d *Disk) Sizes() (segment, compact int64, reserve int) {
 }
 
 // RoomFor always returns nil: a disk says that it is full when somebody writes.
-func (d *Disk) RoomFor(int64, bool) error { return nil }
+func (d *Disk) RoomFor(_, _ int64, _ bool) error { return nil }
 
 // Path is the path of the file called name; for an empty name, of the directory.
 func (d *Disk) Path(name string) string { return filepath.Join(d.path, name) }

@@ -60,8 +60,9 @@ type Directory interface {
 	// written. The sizes are final once the lock is held.
 	Sizes() (segment, compact int64, reserve int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
-	// bytes. A request that frees room may use the last of it.
-	RoomFor(bytes int64, frees bool) error
+	// bytes, and afterwards for toDelete more, which Deletes will take. A request that frees room may
+	// use room that other writes leave.
+	RoomFor(bytes, toDelete int64, frees bool) error
 	// Close releases what the directory holds open. Locks and files are closed by their owners.
 	Close() error
 }

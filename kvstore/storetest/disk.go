@@ -337,7 +337,7 @@ func (d *Dir) Sizes() (segment, compact int64, reserve int) {
 }
 
 // RoomFor returns nil: data without room fails when it is written.
-func (d *Dir) RoomFor(int64, bool) error { return nil }
+func (d *Dir) RoomFor(_, _ int64, _ bool) error { return nil }
 
 // List returns the names of all files.
 func (d *Dir) List() ([]string, error) {

@@ -16,8 +16,8 @@ import (
 
 // etcd has a quota. Once a member's database is larger, etcd refuses every put, of everybody, until
 // an operator has made room and disarmed the alarm: also our signs of life, and the records of a
-// Delete. So RoomFor refuses writes before that, and keeps the last room for requests that free
-// some.
+// Delete. So RoomFor refuses writes before that, then Removes and Takes, and keeps the last room for
+// Deletes.
 const (
 	marginMost  = 64 << 20 // bytes kept for what frees room, at most: else an eighth of the quota
 	garbageMost = 8 << 20  // bytes that we have replaced or removed, until etcd is to forget them
@@ -41,14 +41,18 @@ type room struct {
 }
 
 // RoomFor answers from the last survey, and from what was written since.
-func (d *directory) RoomFor(size int64, frees bool) error {
+func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 	r := &d.client.room
 	quota := r.quota.Load()
-	margin := min(quota/8, marginMost)
 
-	// A quarter stays even for requests that free room: etcd would refuse our signs of life, too.
-	if frees {
-		margin /= 4
+	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too.
+	margin := min(quota/8, marginMost)
+	left := margin/4 + toDelete
+	if toDelete > 0 {
+		left += joinMost * pieceExtra // each Delete has a piece of its own until these are joined
+	}
+	if !frees {
+		left = max(margin, left+margin/4) // writes are refused before Removes
 	}
 
 	// Much data, such as a snapshot, most likely shrinks as what was written before did.
@@ -57,7 +61,7 @@ func (d *directory) RoomFor(size int64, frees bool) error {
 		size = int64(float64(size) * float64(spent) / float64(plain))
 	}
 
-	if r.full.Load() || quota > 0 && spent+size+margin > r.limit.Load() {
+	if r.full.Load() || quota > 0 && spent+size+left > r.limit.Load() {
 		return errFull
 	}
 	return nil
@@ -117,11 +121,11 @@ func (c *cluster) findQuota(ctx context.Context) {
 	}
 }
 
-// forget compacts etcd's history once it has much garbage of ours. The cluster may be configured to
-// do that by itself, or may not.
-func (c *cluster) forget(ctx context.Context) {
+// forget compacts etcd's history once it has much garbage of ours, or any while there is no room. The
+// cluster may be configured to do that by itself, or may not.
+func (c *cluster) forget(ctx context.Context, isFull bool) {
 	garbage := c.garbage.Load()
-	if garbage < c.share(garbageMost) {
+	if garbage == 0 || garbage < c.share(garbageMost) && !isFull {
 		return
 	}
 
@@ -154,7 +158,7 @@ func (l *clusterLock) attend() {
 	for l.ctx.Err() == nil {
 		c.survey(l.ctx)
 		l.d.check()
-		c.forget(l.ctx)
+		c.forget(l.ctx, l.d.RoomFor(0, 0, false) != nil)
 		wait(l.ctx, surveyTime)
 	}
 }

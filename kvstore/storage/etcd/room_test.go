@@ -5,6 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -63,7 +66,7 @@ func TestEtcdFull(t *testing.T) {
 			<-time.After(3 * time.Second)
 			e.setFull(true)
 			<-time.After(2 * time.Second)
-			if err := room.RoomFor(100, true); !errors.Is(err, syscall.ENOSPC) ||
+			if err := room.RoomFor(100, 0, true); !errors.Is(err, syscall.ENOSPC) ||
 				!strings.Contains(err.Error(), "alarm disarm") {
 				t.Errorf("a write to a full cluster: %v", err)
 			}
@@ -114,7 +117,7 @@ func TestEtcdFull(t *testing.T) {
 		<-time.After(10 * time.Second)
 		e.setFull(false)
 		<-time.After(2 * time.Second)
-		if err := w.dir.RoomFor(100, false); err != nil {
+		if err := w.dir.RoomFor(100, 0, false); err != nil {
 			t.Errorf("there is room again: %v", err)
 		}
 		commit(t, d, h, "k", "v")
@@ -132,7 +135,7 @@ func TestEtcdQuota(t *testing.T) {
 		e.quota = int64(fit * len(value))
 		d, w := e.open(t)
 		n := 0
-		for w.dir.RoomFor(int64(len(value)), false) == nil && n < 200 {
+		for w.dir.RoomFor(int64(len(value)), 0, false) == nil && n < 200 {
 			rand.Read(value)
 			d.Put(fmt.Sprint(n), string(value))
 			if err := d.Commit(); err != nil {
@@ -147,7 +150,7 @@ func TestEtcdQuota(t *testing.T) {
 		}
 		<-time.After(2 * time.Second)
 		for i := range n {
-			if err := w.dir.RoomFor(10, true); err != nil {
+			if err := w.dir.RoomFor(10, 0, true); err != nil {
 				t.Fatalf("Delete number %d of %d: %v", i, n, err)
 			}
 			d.Delete(fmt.Sprint(i))
@@ -157,7 +160,7 @@ func TestEtcdQuota(t *testing.T) {
 			d.AwaitCompaction()
 		}
 		<-time.After(3 * surveyTime) // at the end of one etcd forgets, and the next one sees it
-		if err := w.dir.RoomFor(int64(len(value)), false); err != nil {
+		if err := w.dir.RoomFor(int64(len(value)), 0, false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
 		}
 		if e.forgot == 0 {
@@ -165,6 +168,85 @@ func TestEtcdQuota(t *testing.T) {
 		}
 		d.Close()
 	})
+}
+
+// tryToDo does a request about key with that many bytes of key and values, if there is room for it.
+// removes is as for kvstore.Store's Room.
+func tryToDo(t *testing.T, d *durable.Store, key string, bytes, removes int, do func()) (done bool) {
+	t.Helper()
+	done = d.Room(key, int64(bytes), removes) == nil
+	if done {
+		do()
+	}
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	d.AwaitCompaction()
+	<-time.After(10 * time.Millisecond)
+	return done
+}
+
+// randomText returns a text of that many bytes, which cannot be packed.
+func randomText(size int) string {
+	text := make([]byte, size)
+	rand.Read(text)
+	return string(text)
+}
+
+// Ensure that in a nearly full cluster Removes and Takes, however many come, leave the room that it
+// takes to delete every key.
+func TestEtcdQuotaKeepsRoomForDeletes(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		quota             int64
+		valueSize, perKey int
+	}{{4 << 20, 1000, 5}, {1 << 20, 10, 2}} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			e.quota = c.quota
+			dir, _ := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+
+			// Fill the cluster with keys of some values.
+			const keySize = 20
+			size := keySize + c.valueSize
+			var keys, values []string
+			for n, hasRoom := 0, true; hasRoom; n++ {
+				if n%c.perKey == 0 {
+					keys = append(keys, randomText(keySize))
+				}
+				key := keys[len(keys)-1]
+				values = append(values, randomText(c.valueSize))
+				hasRoom = tryToDo(t, d, key, size, 0, func() { d.Put(key, values[n]) })
+			}
+
+			// Remove what can be removed, but of each key one value.
+			refused := 0
+			for n := 0; refused < 300 && n < len(values)-1; n++ {
+				key, isLast := keys[n/c.perKey], n%c.perKey == c.perKey-1
+				if !isLast && !tryToDo(t, d, key, size, 1, func() { d.Remove(key, values[n]) }) {
+					refused++
+				}
+			}
+
+			left := slices.Collect(maps.Keys(maps.Collect(d.All())))
+			if refused == 0 || len(left) < 20 {
+				t.Fatalf("%+v: %d are refused, and there are %d keys", c, refused, len(left))
+			}
+			for i, key := range left {
+				if !tryToDo(t, d, key, 2*len(key), math.MaxInt, func() { d.Delete(key) }) {
+					d.Close()
+					t.Fatalf("%+v: no room for Delete %d of %d", c, i, len(left))
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // Ensure that a store in a full cluster is closed without its last frame, and opens again.
