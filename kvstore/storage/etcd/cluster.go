@@ -82,6 +82,9 @@ var (
 	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
 	// or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
+	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the name
+	// that it follows.
+	errUnlike = errors.New("etcd has not what was written before")
 )
 
 // cluster sends requests to an etcd cluster. Any goroutine may use it.

@@ -232,7 +232,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied.
+// has applied them. After a storage.ErrGone it is not known whether they were applied. An errUnlike
+// says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
@@ -246,6 +247,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 
 	// If a comparison fails, read the lock and the step, to find out why.
 	step, first := d.key("step"), ops[0].Put
+	isStep := first != nil && bytes.Equal(first.Key, step)
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
 	for {
@@ -258,9 +260,10 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 			return d.lock.fail(err)
 		case answer.Succeeded:
 			return nil
-		case first != nil && bytes.Equal(first.Key, step) && len(is) == 1 &&
-			bytes.Equal(first.Value, is[0].Value): // an earlier try has applied ops
+		case isStep && len(is) == 1 && bytes.Equal(first.Value, is[0].Value): // by an earlier try
 			return nil
+		case !isStep && d.lock.isOursIn(lock):
+			return errUnlike
 		}
 
 		// If only the lock is gone, and nobody else has had it since, take it again.
@@ -527,6 +530,12 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	names, pieces, lock, err := d.stock(func(at string, t any, _ int) (response, error) {
 		return d.client.try(d.lock.ctx, at, t)
 	})
+	// A write that arrives late may remove pieces that it joins: the files have all their bytes then.
+	for _, f := range d.files {
+		if err == nil && pieces < d.pieces.Load() && d.lock.isOursIn(lock) && !f.isDead.Load() {
+			err = f.unlessGone(f.settle(nil))
+		}
+	}
 	// Another cluster, or an older state of ours, has answered: Held must say so.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
 		err = d.lock.miss(err)

@@ -346,8 +346,8 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
-		if err == errSmaller {
-			n, err = f.arrived(n)
+		if err == errSmaller || err == errUnlike {
+			n, err = 0, f.settle(err)
 		}
 		if err != nil {
 			return f.unlessGone(err)
@@ -357,22 +357,26 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// arrived returns how many of n bytes are in etcd, all or none, after the answer to their request
-// was lost.
-func (f *pieceFile) arrived(n int) (int, error) {
-	before, keys := f.size, f.keys
-	_, err := f.reread()
+// settle reads which pieces the file has by now, after a request that may have arrived without an
+// answer, or arrives later than others: it puts bytes that buf began with, and may remove pieces that
+// it joins. why is the error for which settle is called; nil: there was none.
+func (f *pieceFile) settle(why error) error {
+	was := f.extent
+	isChanged, err := f.reread()
 	if err != nil {
-		return 0, err
+		return err
 	}
 
-	// If part of them is there, or a piece before them is not, somebody has deleted pieces.
-	got := int(f.size - before)
-	if f.hasGap || got != 0 && got != n {
-		return 0, f.d.lock.miss(errors.New("pieces were deleted"))
+	// If there is less than was known, or more than that request can have put, or a comparison has
+	// failed for another reason, it was somebody else.
+	more := f.size - was.size
+	if f.hasGap || f.count < was.count || more < 0 || more > int64(len(f.buf)) ||
+		why == errUnlike && !isChanged {
+		return f.d.lock.miss(errors.New("pieces were deleted"))
 	}
-	f.d.pieces.Add(int64(f.keys - keys))
-	return got, nil
+	f.buf = append(f.buf[:0], f.buf[more:]...)
+	f.d.pieces.Add(int64(f.keys - was.keys))
+	return nil
 }
 
 // unlessGone returns err, unless that is a storage.ErrGone: the file has lost its name or pieces.
@@ -477,9 +481,14 @@ func (f *pieceFile) cut(size int64) error {
 	}
 
 	// An empty piece marks the new end for every reader.
-	if err := f.add(piece{number: f.count, start: size}, nil, f.last); err != nil {
+	err := f.add(piece{number: f.count, start: size}, nil, f.last)
+	if err == errUnlike {
+		err = f.d.lock.miss(err)
+	}
+	if err != nil {
 		return f.unlessGone(err)
 	}
+
 	// Join only pieces behind the cut: the one before it may have lost its end.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return nil

@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -128,26 +129,26 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
 	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
-		reached = writesBeside(t, tooLate, n, 0, true)
+		reached = writesBeside(t, tooLate, n, 0)
 	}
 }
 
-// Ensure that whichever request about a file of small writes arrives too late, even behind one that
-// was sent in its place, the file has all that was written before something counted as gone.
+// Ensure that whichever request about a file of small writes arrives too late, before or behind one
+// that was sent in its place, the file has all that was written, and nothing counts as gone.
 func TestEtcdLateRequests(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n = storetest.Next(n, 2) {
-		for _, by := range []int{3, 4} {
-			reached = writesBeside(t, delayed, n, by, false)
+	for n, reached := 1, true; reached; n++ {
+		for by := 4; by < 6; by++ {
+			reached = writesBeside(t, delayed, n, by)
 		}
 	}
 }
 
 // writesBeside writes a file in small pieces, while the n-th request suffers the fault, with a lateBy of
-// by. It fails the test if a reader does not get all that was written before something counted as gone,
-// or if something does and stays is true. reached says whether there were n requests.
-func writesBeside(t *testing.T, fault etcdFault, n, by int, stays bool) (reached bool) {
-	random := make([]byte, 112<<10) // more pieces than are joined at a time, by half
+// by. It fails the test if a reader does not get all that was written, or if something counts as gone.
+// reached says whether there were n requests.
+func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
+	random := make([]byte, 300<<10)
 	rand.NewChaCha8([32]byte{2}).Read(random)
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -162,33 +163,99 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int, stays bool) (reached
 		if err != nil {
 			t.Fatal(err)
 		}
-		answered := int64(0)
-		for at := int64(0); at < int64(len(random)) && answered == at; {
-			write(t, f, &at, random[at:at+2<<10])
-			if lock.Held() == nil {
-				answered = at
+		for i, at := 0, int64(0); at < int64(len(random)); i++ {
+			size := int64(smallSize(i))
+			write(t, f, &at, random[at:min(at+size, int64(len(random)))])
+			if fault == delayed {
+				<-time.After(surveyTime / 9) // so that a check may find what is late
+			}
+			if err := lock.Held(); err != nil {
+				t.Fatalf("request %d, late by %d: %v", n, by, err)
 			}
 		}
 		reached = w.count() >= n
 
-		if stays && answered < int64(len(random)) {
-			t.Errorf("request %d: %v", n, lock.Held())
+		// A late piece is counted by the next check.
+		if fault == delayed {
+			<-time.After(2 * surveyTime)
 		}
 		pieces := e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count
-		if counted := dir.pieces.Load(); stays && counted != pieces {
-			t.Errorf("request %d: %d pieces are counted, and %d are there", n, counted, pieces)
+		if counted := dir.pieces.Load(); counted != pieces {
+			t.Errorf("request %d, late by %d: %d pieces are counted, and %d are there", n, by, counted,
+				pieces)
 		}
+
 		reader, _ := e.dir(t, t.Context(), "")
 		again, size, err := reader.Open("file")
 		if err != nil {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
-		if !bytes.HasPrefix(got, random[:answered]) || err != nil {
-			t.Errorf("request %d, late by %d: %d bytes are read of %d: %v", n, by, len(got), answered, err)
+		if !bytes.Equal(got, random) || err != nil {
+			t.Errorf("request %d, late by %d: other %d bytes are read: %v", n, by, len(got), err)
 		}
 	})
 	return reached
+}
+
+// Ensure that if a request arrives too late, and the process is killed at any request after that, the
+// next one has all that was answered.
+func TestEtcdKilledAfterALateRequest(t *testing.T) {
+	t.Parallel()
+	for n, reached := 1, true; reached; n = storetest.Next(n, 3) {
+		for by := 4; by < 8; by = storetest.Next(by, 2) {
+			for at := n + by; at < n+by+30; at = storetest.Next(at, 8) {
+				synctest.Test(t, func(t *testing.T) { reached = killedAfterALate(t, n, by, at) })
+			}
+		}
+	}
+}
+
+// killedAfterALate writes a store, while the n-th request arrives by requests later, and the process
+// is killed at request at. It fails the test if the next process has not what was answered. reached
+// says whether there were n requests.
+func killedAfterALate(t *testing.T, n, by, at int) (reached bool) {
+	e, h := newFakeEtcd(), storetest.NewHistory()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby would wait without end
+	defer cancel()
+	dir, w := e.dir(t, ctx, "first:9999")
+	w.at, w.fault, w.lateBy = n, delayed, by
+	w.before = func(n int) {
+		if n == at {
+			w.kill()
+		}
+	}
+
+	d, err := durable.Open(ctx, &worldDir{dir.directory, 200 << 10}, durable.Options{})
+	for i := 0; i < 40 && err == nil; i++ {
+		key, value := fmt.Sprint(i%7), randomText(smallSize(i))
+		d.Set(key, value)
+		h.Done.Set(key, value)
+		if err = d.Commit(); err == nil {
+			h.Told = h.Done.Clone()
+			d.AwaitCompaction()
+			<-time.After(surveyTime / 9)
+		}
+	}
+
+	reached = w.count() >= n
+	w.kill()
+	if d != nil {
+		<-d.Lost()
+		d.Close()
+	}
+	after, _ := e.dir(t, t.Context(), "second:9999")
+	checkKept(t, h, after, fmt.Sprintf("request %d, late by %d, killed at %d", n, by, at))
+	return reached
+}
+
+// smallSize is the size of the i-th write of a file, in bytes: several small ones are joined, and
+// larger ones are put again in parts if the first put takes too long.
+func smallSize(i int) int {
+	if i%11 == 10 {
+		return 40 << 10
+	}
+	return 7 << 10
 }
 
 // Ensure that a reader of a large file asks for as much at a time as etcd answers.
