@@ -178,7 +178,7 @@ func isValue(key, value []byte) comparison {
 func isRevision(key []byte, revision int64) comparison {
 	return comparison{"MOD", "", keyValue{Key: key, Revision: revision}}
 }
-func isThere(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
+func exists(key []byte) comparison { return comparison{"MOD", "GREATER", keyValue{Key: key}} }
 
 // refusal is etcd's answer to a request that it has refused.
 type refusal struct {

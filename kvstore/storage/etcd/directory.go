@@ -42,7 +42,6 @@ type directory struct {
 	prefix string
 	client *cluster
 	opts   Options
-	log    *slog.Logger
 
 	ctx  context.Context // for requests while there is no lock
 	lock *clusterLock    // set by Lock; nil before
@@ -121,13 +120,8 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 		return nil, fmt.Errorf("%w: %q: %w", ErrAddress, address, err)
 	}
 
-	if opts.Log == nil {
-		opts.Log = slog.New(slog.DiscardHandler)
-	}
-	if opts.Status == nil {
-		opts.Status = new(storage.Status)
-	}
-
+	opts.Log = cmp.Or(opts.Log, slog.New(slog.DiscardHandler))
+	opts.Status = cmp.Or(opts.Status, new(storage.Status))
 	client, err := newCluster(members, scheme == "etcds", query)
 	if err != nil {
 		return nil, err
@@ -135,7 +129,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	client.log = opts.Log
 
 	return &directory{name: scheme + "://" + hosts + "/" + prefix, prefix: prefix + "/",
-		client: client, opts: opts, log: opts.Log, ctx: ctx, access: make(access, 1),
+		client: client, opts: opts, ctx: ctx, access: make(access, 1),
 		files: map[string]*pieceFile{}, lost: map[string]bool{}}, nil
 }
 
@@ -177,7 +171,7 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
 		defer time.AfterFunc(tellTime, func() {
-			d.log.Warn("etcd does not answer yet, trying on")
+			d.client.log.Warn("etcd does not answer yet, trying on")
 			d.opts.Status.Set("etcd does not answer yet")
 		}).Stop()
 		return d.client.call(ctx, at, request, size)

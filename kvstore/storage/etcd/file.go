@@ -301,7 +301,7 @@ func (f *pieceFile) fetchPage(i int) error {
 }
 
 // WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips.
+// them; bytes that are in the file already it skips: a start writes again what may not be on a disk.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
@@ -459,7 +459,7 @@ func (f *pieceFile) isTailFull(n int) bool {
 func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
 	if before != nil {
-		compare = append(compare, isThere(before))
+		compare = append(compare, exists(before))
 	}
 	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
 		return err

@@ -272,7 +272,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		if err != nil {
 			why = []any{"error", err}
 		}
-		d.log.Info("standing by: "+stage, why...)
+		d.client.log.Info("standing by: "+stage, why...)
 	}
 	return nil
 }
@@ -323,13 +323,13 @@ func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error
 		return false, err
 	}
 	if l.owner.Takeovers > w.Takeovers {
-		l.d.log.Warn("the data is taken over: there was no sign of life", "for", lockTime,
+		l.d.client.log.Warn("the data is taken over: there was no sign of life", "for", lockTime,
 			"of", w.holder.String())
 	}
 
 	// Other servers wait only for lockTime, so each answer must come well before that.
 	if took := time.Since(l.owner.Since); took > slowTime {
-		l.d.log.Error("etcd is too slow: another server may take over at any time", "took", took,
+		l.d.client.log.Error("etcd is too slow: another server may take over at any time", "took", took,
 			"limit", slowTime)
 	}
 
@@ -358,7 +358,7 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	// If another server was faster, it keeps the lock.
 	done, err := w.replace(ctx, l)
 	if done {
-		l.d.log.Error("the lock was deleted in etcd, or an older state was restored: it was taken again")
+		l.d.client.log.Error("the lock was deleted in etcd, or an older state was restored: it was taken again")
 	}
 	return err
 }
@@ -456,7 +456,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	case errors.Is(err, ErrUnreachable):
 		if !l.silent {
 			l.silent = true
-			l.d.log.Warn("etcd does not answer, trying again", "error", err, "until", patienceTime)
+			l.d.client.log.Warn("etcd does not answer, trying again", "error", err, "until", patienceTime)
 		}
 	case errors.Is(err, ErrOther):
 		l.miss(err)

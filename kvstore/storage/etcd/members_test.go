@@ -255,7 +255,7 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		dir, w = e.dir(t, ctx, "second:9999")
 		dir.opts.Status = new(storage.Status)
 		var log bytes.Buffer
-		dir.log = slog.New(slog.NewTextHandler(&log, nil))
+		dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
 		ended := make(chan struct{})
 		go func() {
 			durable.Open(ctx, dir, durable.Options{})

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"math"
 	"net/http"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -114,8 +112,8 @@ func (c *cluster) findQuota(ctx context.Context) {
 
 	// The quota is written as a floating-point number, such as 2.147483648e+09.
 	for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
-		if text, ok := strings.CutPrefix(lines.Text(), "etcd_server_quota_backend_bytes "); ok {
-			quota, _ := strconv.ParseFloat(text, 64)
+		quota := 0.0
+		if n, _ := fmt.Sscanf(lines.Text(), "etcd_server_quota_backend_bytes %g", &quota); n == 1 {
 			c.quota.Store(int64(quota))
 		}
 	}

@@ -98,7 +98,7 @@ func (w *world) server(name string, random *rand.Rand, segment int64) {
 		p.live, p.end = context.WithCancel(w.ctx)
 
 		log := slog.New(slog.NewTextHandler(teller{p}, nil))
-		dir.log, dir.client.log = log, log
+		dir.client.log = log
 		d, err := durable.Open(w.ctx, &worldDir{dir.directory, segment}, durable.Options{Log: log})
 		if p.d = d; p.opened(err) {
 			p.ending.Go(p.serve)
