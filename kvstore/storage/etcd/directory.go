@@ -524,11 +524,17 @@ func (d *directory) look() (names map[string]string, more int64, lock []keyValue
 	names, pieces, lock, err := d.stock(func(at string, t any, _ int) (response, error) {
 		return d.client.try(d.lock.ctx, at, t)
 	})
-	// A write that arrives late may remove pieces that it joins: the files have all their bytes then.
+
+	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have all
+	// their bytes then. If that is why the numbers differ, look again later.
+	counted := d.pieces.Load()
 	for _, f := range d.files {
-		if err == nil && pieces < d.pieces.Load() && d.lock.isOursIn(lock) && !f.isDead.Load() {
+		if err == nil && pieces != counted && d.lock.isOursIn(lock) && !f.isDead.Load() {
 			err = f.unlessGone(f.settle(nil))
 		}
+	}
+	if err == nil && d.pieces.Load() != counted {
+		err = errors.New("a write has arrived late")
 	}
 	// Another cluster, or an older state of ours, has answered: Held must say so.
 	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {

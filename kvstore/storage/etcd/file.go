@@ -363,6 +363,9 @@ func (f *pieceFile) send(least int) error {
 func (f *pieceFile) settle(why error) error {
 	was := f.extent
 	isChanged, err := f.reread()
+	if errors.As(err, new(*storage.DamageError)) {
+		return f.d.lock.miss(err)
+	}
 	if err != nil {
 		return err
 	}

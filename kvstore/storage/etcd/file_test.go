@@ -198,6 +198,87 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
 	return reached
 }
 
+// Ensure that a late write, whose piece is joined with others afterwards, does not count as something
+// gone; nor does a write that arrives twice, the second time after a join, before another is lost.
+func TestEtcdLateThenJoined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		f, _ := dir.Create("file")
+		random := make([]byte, 300<<10)
+		rand.NewChaCha8([32]byte{2}).Read(random)
+		at := int64(0)
+		put := func(size int64) {
+			t.Helper()
+			write(t, f, &at, random[at:at+size])
+			<-time.After(surveyTime / 3)
+			if err := lock.Held(); err != nil {
+				t.Fatalf("behind %d bytes: %v", at, err)
+			}
+		}
+
+		put(1 << 10)
+		w.suffer(delayed, 4)
+		put(17 << 10) // the put takes too long, and two parts are put in its place
+		for range 30 {
+			put(1 << 10)
+		}
+
+		first := w.sent[len(w.sent)-1]
+		for range joinMost + 1 {
+			put(100)
+		}
+		e.mu.Lock()
+		e.txn(first)
+		e.mu.Unlock()
+		put(1 << 10)
+		w.suffer(lostRequest, 0)
+		put(40 << 10)
+		<-time.After(2 * surveyTime)
+		put(1)
+	})
+}
+
+// suffer has the next request suffer the fault.
+func (w *etcdWire) suffer(fault etcdFault, lateBy int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.at, w.fault, w.lateBy = w.requests+1, fault, lateBy
+}
+
+// Ensure that a key of somebody else among a file's pieces hides no deletion, and does not end a server
+// that can write all its data again.
+func TestEtcdKeyAmongPieces(t *testing.T) {
+	for _, deleted := range [][]string{{"kv/d/%s/00000002", "kv/d/%s/00000003"}, {"kv/n/file"}} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			dir, _, lock := e.locked(t)
+			defer lock.Close()
+			f, _ := dir.Create("file")
+			at := int64(0)
+			for range 6 * (len(deleted) - 1) {
+				write(t, f, &at, []byte("hello"))
+			}
+			write(t, f, &at, []byte("hello"))
+
+			id := f.(*pieceFile).id
+			e.put("kv/d/"+id+"/~", "x")
+			for _, key := range deleted {
+				e.delete(strings.Replace(key, "%s", id, 1))
+			}
+			f.WriteAt([]byte("more"), at)
+			if err := f.Sync(); err != nil {
+				t.Errorf("%s is deleted: %v", deleted, err)
+			}
+			<-time.After(5 * surveyTime)
+			if lock.Held() == nil {
+				t.Errorf("%s is deleted, and that was not found out", deleted)
+			}
+		})
+	}
+}
+
 // Ensure that if a request arrives too late, and the process is killed at any request after that, the
 // next one has all that was answered.
 func TestEtcdKilledAfterALateRequest(t *testing.T) {

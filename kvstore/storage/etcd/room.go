@@ -43,14 +43,15 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 	r := &d.client.room
 	quota := r.quota.Load()
 
-	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too.
+	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too. Removes
+	// leave another part for Deletes. Half of the margin is enough, because pieces are joined meanwhile.
 	margin := min(quota/8, marginMost)
-	left := margin/4 + toDelete
-	if toDelete > 0 {
-		left += joinMost * pieceExtra // each Delete has a piece of its own until these are joined
+	left := margin
+	if frees {
+		left = margin / 4
 	}
-	if !frees {
-		left = max(margin, left+margin/4) // writes are refused before Removes
+	if frees && toDelete > 0 {
+		left += min(toDelete+joinMost*pieceExtra, margin/2) // first each Delete has a piece of its own
 	}
 
 	// Much data, such as a snapshot, most likely shrinks as what was written before did.

@@ -200,7 +200,7 @@ func TestEtcdQuotaKeepsRoomForDeletes(t *testing.T) {
 	for _, c := range []struct {
 		quota             int64
 		valueSize, perKey int
-	}{{4 << 20, 1000, 5}, {1 << 20, 10, 2}} {
+	}{{4 << 20, 1000, 5}, {2 << 20, 300, 3}} {
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
 			e.quota = c.quota
