@@ -43,15 +43,17 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 	r := &d.client.room
 	quota := r.quota.Load()
 
-	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too. Removes
-	// leave another part for Deletes. Half of the margin is enough, because pieces are joined meanwhile.
+	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too.
 	margin := min(quota/8, marginMost)
 	left := margin
 	if frees {
 		left = margin / 4
 	}
+
+	// Removes leave more for Deletes: a quarter for what these take beside their bytes, such as a piece
+	// for each until pieces are joined. Half of the margin is enough for nearly all stores.
 	if frees && toDelete > 0 {
-		left += min(toDelete+joinMost*pieceExtra, margin/2) // first each Delete has a piece of its own
+		left += min(margin/4+toDelete, margin/2)
 	}
 
 	// Much data, such as a snapshot, most likely shrinks as what was written before did.
