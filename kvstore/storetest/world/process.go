@@ -354,7 +354,7 @@ func (p *process) start(db *durable.Store, log *slog.Logger) (good bool) {
 	}
 
 	s.WriteTimeout = pick(r, 0, 10*time.Second, 5*time.Minute)
-	if !p.mute && Chance(r, 6) { // clients with TLS could take the memory that is left
+	if s.MaxMemory == 0 && Chance(r, 6) { // so little memory has room for one handshake at a time
 		s.TLS = p.program.TLS
 	}
 
