@@ -137,7 +137,7 @@ func TestEtcdLateAnswers(t *testing.T) {
 // that was sent in its place, the file has all that was written, and nothing counts as gone.
 func TestEtcdLateRequests(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n++ {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 1) {
 		for by := 4; by < 6; by++ {
 			reached = writesBeside(t, delayed, n, by)
 		}
