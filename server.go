@@ -480,7 +480,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 
-	// Until the handshake ends all bytes go through the guest, which notes whether one has come.
+	// Until the handshake ends all bytes go through the guest, which counts them.
 	paced := &pacedConn{Conn: guest, server: s}
 	outer := tls.Server(paced, s.tls)
 	err := outer.HandshakeContext(ctx)
@@ -496,7 +496,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 		return
 	}
 
-	// The guest has given up its place, so nobody asks any more whether a byte has come.
+	// The guest has given up its place, so its bytes are not counted any more.
 	paced.Conn = guest.Conn
 	s.connections <- outer
 }
@@ -1245,7 +1245,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: no limit
-	reserve   int64 // of limit, for the program, garbage, input, removed values, and what is not counted
+	reserve   int64 // of limit: the program, garbage, input, removed values, handshakes, what is not counted
 	maxQueues int64 // that all queues may take (-max-queues); 0: no limit
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 

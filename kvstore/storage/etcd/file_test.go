@@ -225,19 +225,65 @@ func TestEtcdLateThenJoined(t *testing.T) {
 			put(1 << 10)
 		}
 
-		first := w.sent[len(w.sent)-1]
+		first := w.lastSent()
 		for range joinMost + 1 {
 			put(100)
 		}
-		e.mu.Lock()
-		e.txn(first)
-		e.mu.Unlock()
+		e.arrive(first)
 		put(1 << 10)
 		w.suffer(lostRequest, 0)
 		put(40 << 10)
 		<-time.After(2 * surveyTime)
 		put(1)
 	})
+}
+
+// Ensure that writes that arrive twice, the second one between the two reads of a look at the pieces, do
+// not count as something gone.
+func TestEtcdLateBesideALook(t *testing.T) {
+	for at := 1; at < 8; at++ { // the request of the look before which it arrives
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			dir, w, lock := e.locked(t)
+			defer lock.Close()
+			f, _ := dir.Create("file")
+			offset, sent := int64(0), [2]transaction{}
+			for i := range joinMost + 2 {
+				write(t, f, &offset, []byte("hello"))
+				if i < len(sent) {
+					sent[i] = w.lastSent()
+				}
+			}
+
+			e.arrive(sent[0])
+			w.mu.Lock()
+			first := w.requests
+			w.before = func(n int) {
+				if n == first+at {
+					e.arrive(sent[1])
+				}
+			}
+			w.mu.Unlock()
+			<-time.After(5 * surveyTime)
+			if err := lock.Held(); err != nil {
+				t.Errorf("before request %d: %v", at, err)
+			}
+		})
+	}
+}
+
+// arrive has a transaction arrive that was sent before.
+func (e *fakeEtcd) arrive(t transaction) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.txn(t)
+}
+
+// lastSent returns the transaction that was sent last.
+func (w *etcdWire) lastSent() transaction {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.sent[len(w.sent)-1]
 }
 
 // suffer has the next request suffer the fault.

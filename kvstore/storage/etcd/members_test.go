@@ -124,7 +124,8 @@ func TestEtcdRefusals(t *testing.T) {
 	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	defer encrypted.Close()
 	picky := httptest.NewUnstartedServer(http.NotFoundHandler())
-	picky.TLS, picky.Config.ErrorLog = &tls.Config{ClientAuth: tls.RequireAnyClientCert}, encrypted.Config.ErrorLog
+	picky.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	picky.Config.ErrorLog = encrypted.Config.ErrorLog
 	picky.StartTLS()
 	defer picky.Close()
 	ca := filepath.Join(t.TempDir(), "ca.pem")
