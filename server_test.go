@@ -2561,7 +2561,8 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			world.Pass(slowAfter + lineTime)
 
 			b := &n.server.budget
-			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.longLines.Load()+b.inputs.Load(), 0, 3*share)
+			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.longLines.Load()+b.inputs.Load(),
+				0, 3*share)
 			b.collected(int64(heapBytes() - before))
 			a := n.DialAck(t)
 			a.Ask("Put:other:v", ":OK 1")
@@ -3475,7 +3476,8 @@ func TestWatchIsLimited(t *testing.T) {
 		}
 	}
 	endless := protocol.DialTCP(t, addr)
-	endless.SendSome("GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", 2*guestMost) + "\r\n\r\n")
+	endless.SendSome("GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " +
+		strings.Repeat("x", 2*guestMost) + "\r\n\r\n")
 	answer, _ := io.ReadAll(endless.R)
 	is.Equal(t, "a request that is too long is answered", strings.Contains(string(answer), "alive"), false)
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {

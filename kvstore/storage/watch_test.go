@@ -27,7 +27,8 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir, others := command.Certificates(t, "server"), command.Certificates(t, "server")
-		cert, key, ca := filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key"), filepath.Join(dir, "ca.pem")
+		cert, key := filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key")
+		ca := filepath.Join(dir, "ca.pem")
 		var log command.Screen
 		again := make(chan os.Signal)
 		served, err := storage.WatchTLS(cert, key, ca, slog.New(slog.NewTextHandler(&log, nil)), again)

@@ -65,6 +65,9 @@ func ReadmeCommands(t *testing.T, readme string, program protocol.Program, serve
 	dir := t.TempDir()
 	shim := "#!/bin/sh\nexec " + program().Path + " \"$@\"\n"
 	is.OK(t, os.WriteFile(filepath.Join(dir, "kvserver"), []byte(shim), 0o700))
+	is.OK(t, os.WriteFile(filepath.Join(dir, "requests.txt"), []byte("Put:k:v\n\nGet:k\n"), 0o600))
+
+	// play runs commands beside the server at addr, and returns what they print.
 	play := func(addr, commands string) string {
 		cmd := exec.Command("sh", "-e", "-c", strings.ReplaceAll(commands, "localhost:9999", addr))
 		cmd.Dir = dir
@@ -75,18 +78,8 @@ func ReadmeCommands(t *testing.T, readme string, program protocol.Program, serve
 		}
 		return string(out)
 	}
-	block := func(has string) []string {
-		blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1)
-		for _, m := range blocks {
-			if strings.Contains(m[1], has) {
-				return strings.Split(strings.TrimSpace(m[1]), "\n")
-			}
-		}
-		t.Fatalf("the README has no commands with %s", has)
-		return nil
-	}
-	os.WriteFile(filepath.Join(dir, "requests.txt"), []byte("Put:k:v\n\nGet:k\n"), 0o600)
-	for _, line := range block("requests.txt") {
+
+	for _, line := range commandsWith(t, readme, "requests.txt") {
 		want := "fruit:apple\n"
 		if strings.Contains(line, "requests.txt") {
 			want = "k:v\n"
@@ -98,19 +91,37 @@ func ReadmeCommands(t *testing.T, readme string, program protocol.Program, serve
 			}
 			line = strings.Replace(line, "localhost 9999", "$(echo localhost:9999 | tr : ' ')", 1)
 		}
-		addr := serve(t)
-		if out := play(addr, line); out != want {
+		if out := play(serve(t), line); out != want {
 			t.Errorf("%s prints %q, want %q", line, out, want)
 		}
 	}
-	if Tool(t, "openssl") == "" {
-		return
+
+	if Tool(t, "openssl") != "" {
+		playTLS(t, commandsWith(t, readme, "tls-client-ca"), dir, program, play)
 	}
-	lines := block("tls-client-ca")
-	at := slices.IndexFunc(lines, func(line string) bool {
-		return strings.Contains(line, "-tls-client-ca")
-	})
+}
+
+// commandsWith returns the lines of the README's first block of commands that has this text.
+func commandsWith(t *testing.T, readme, has string) []string {
+	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readme, -1)
+	for _, m := range blocks {
+		if strings.Contains(m[1], has) {
+			return strings.Split(strings.TrimSpace(m[1]), "\n")
+		}
+	}
+	t.Fatalf("the README has no commands with %s", has)
+	return nil
+}
+
+// playTLS plays lines, which make certificates in dir, start a server with them, and then talk to it.
+func playTLS(t *testing.T, lines []string, dir string, program protocol.Program,
+	play func(addr, commands string) string) {
+
+	// The certificates.
+	at := slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, "-tls-client-ca") })
 	play("", strings.Join(lines[:at], "\n"))
+
+	// The server.
 	args := strings.Fields(lines[at])[1:]
 	for i, arg := range args {
 		if !strings.HasPrefix(arg, "-") {
@@ -120,6 +131,8 @@ func ReadmeCommands(t *testing.T, readme string, program protocol.Program, serve
 	_, addr, log := program.Start(t, append(args, "-addr", "localhost:0")...)
 	go io.Copy(io.Discard, log)
 	_, port, _ := net.SplitHostPort(addr)
+
+	// The clients.
 	play("localhost:"+port, "kvserver -tls-ca ca.pem -tls-cert client.pem -tls-key client.key "+
 		"-c Put:fruit:apple")
 	for _, line := range lines[at+1:] {

@@ -66,31 +66,52 @@ func ReadmeAlerts(t *testing.T, atStart func(t *testing.T) map[string]string) {
 	t.Parallel()
 	dir := readmeFiles(t)
 	rules, _ := os.ReadFile(filepath.Join(dir, "kvserver.rules.yml"))
-	cases := map[string]map[string]string{ // by alert: the series that are not as at the start
-		"NobodyServes":   {"kvserver_active": "1x15 0x45"},
-		"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
-		"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
-		"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
-		"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
-		"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
-		"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
-		"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
-		"Queues":         {"kvserver_queued_bytes": "600000000x60"},
-		"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
-		"ClientsRefused": {"kvserver_clients_refused_total": "0x27 3x33"},
-		"EtcdSlow":       {"kvserver_lock_age_seconds": "3.5x60"},
-		"Takeover":       {"kvserver_takeovers_total": "2x25 3x35"},
-	}
 	names := regexp.MustCompile(`alert: Kvserver(\w+)`).FindAllStringSubmatch(string(rules), -1)
-	if len(names) != len(cases) {
-		t.Errorf("the README has %d alerts, want %d", len(names), len(cases))
+	if len(names) != len(alertCases) {
+		t.Errorf("the README has %d alerts, want %d", len(names), len(alertCases))
 	}
+
 	promtool := Tool(t, "promtool")
 	if promtool == "" {
 		return
 	}
-	// Each case is a service of one server that differs from the start in these series.
-	series, text := atStart(t), "rule_files: [kvserver.rules.yml]\nevaluation_interval: 1m\n"+
+	os.WriteFile(filepath.Join(dir, "tests.yml"), []byte(alertTests(atStart(t))), 0o600)
+	for _, args := range [][]string{{"check", "rules", "kvserver.rules.yml"},
+		{"test", "rules", "tests.yml"}} {
+		cmd := exec.Command(promtool, args...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v\n%s", args, err, out)
+		}
+	}
+
+	config, _ := os.ReadFile(filepath.Join(dir, "prometheus.yml"))
+	if out, err := exec.Command(promtool, "check", "config", filepath.Join(dir,
+		"prometheus.yml")).CombinedOutput(); err != nil {
+		t.Errorf("promtool check config: %v\n%s\n%s", err, out, config)
+	}
+}
+
+// alertCases has, by alert, the series that are not as at the start.
+var alertCases = map[string]map[string]string{
+	"NobodyServes":   {"kvserver_active": "1x15 0x45"},
+	"Down":           {"up": "1x15 0x45", "kvserver_active": "1x15 _x45"},
+	"Restarted":      {"kvserver_uptime_seconds": "900+60x15 0+60x45"},
+	"Errors":         {"kvserver_log_errors_total": "0x25 1x35"},
+	"LogLost":        {"kvserver_log_lines_lost_total": "0x25 7x35"},
+	"WritesRefused":  {"kvserver_writes_refused_total": "0x27 3x33"},
+	"Memory":         {"kvserver_memory_bytes": "950x60", "kvserver_memory_limit_bytes": "1000x60"},
+	"SlowDisk":       {`kvserver_fsync_seconds_bucket{le="+Inf"}`: "0+9x60"},
+	"Queues":         {"kvserver_queued_bytes": "600000000x60"},
+	"RepliesDropped": {"kvserver_replies_dropped_total": "0x27 3x33"},
+	"ClientsRefused": {"kvserver_clients_refused_total": "0x27 3x33"},
+	"EtcdSlow":       {"kvserver_lock_age_seconds": "3.5x60"},
+	"Takeover":       {"kvserver_takeovers_total": "2x25 3x35"},
+}
+
+// alertTests returns promtool's tests of the alerts. series are a server's at its start.
+func alertTests(series map[string]string) string {
+	text := "rule_files: [kvserver.rules.yml]\nevaluation_interval: 1m\n" +
 		"tests:\n  - interval: 1m\n    input_series:\n"
 	add := func(name, labels, values string) {
 		name, own, _ := strings.Cut(strings.TrimSuffix(name, "}"), "{")
@@ -104,7 +125,9 @@ func ReadmeAlerts(t *testing.T, atStart func(t *testing.T) map[string]string) {
 			add(name, fmt.Sprintf("job=%q,service=%q,instance=%[2]q", "kvserver", service), values)
 		}
 	}
-	for name, changed := range cases {
+
+	// Each case is a service of one server. Another service has a standby, and no alert.
+	for name, changed := range alertCases {
 		server(name, changed)
 	}
 	server("bills", nil)
@@ -112,26 +135,14 @@ func ReadmeAlerts(t *testing.T, atStart func(t *testing.T) map[string]string) {
 	add("kvserver_active", `job="kvserver",service="bills",instance="standby"`, "0x60")
 	add("up", `job="another"`, "0x60")
 
+	// No alert is for the other service, and each case has its own.
 	text += "    promql_expr_test:\n"
 	for _, at := range []string{"1m", "10m", "30m", "59m"} {
 		text += "      - {expr: 'ALERTS{service=~\"|bills\"}', eval_time: " + at + ", exp_samples: []}\n"
 	}
-	for name := range cases {
+	for name := range alertCases {
 		text += fmt.Sprintf("      - {expr: 'count(ALERTS{alertname=\"Kvserver%s\",service=\"%[1]s\","+
 			"alertstate=\"firing\"})', eval_time: 29m, exp_samples: [{labels: '{}', value: 1}]}\n", name)
 	}
-	os.WriteFile(filepath.Join(dir, "tests.yml"), []byte(text), 0o600)
-	for _, args := range [][]string{{"check", "rules", "kvserver.rules.yml"},
-		{"test", "rules", "tests.yml"}} {
-		cmd := exec.Command(promtool, args...)
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("promtool %s: %v\n%s", args, err, out)
-		}
-	}
-	config, _ := os.ReadFile(filepath.Join(dir, "prometheus.yml"))
-	if out, err := exec.Command(promtool, "check", "config", filepath.Join(dir,
-		"prometheus.yml")).CombinedOutput(); err != nil {
-		t.Errorf("promtool check config: %v\n%s\n%s", err, out, config)
-	}
+	return text
 }

@@ -49,104 +49,125 @@ func CommitBeforeGets(t *testing.T, start StartOn) {
 // CommitGathers ensures that clients that come back soon share a slow Commit, whenever they came
 // first, and that no batch waits for long for clients that have left, come later, only read, or
 // wait for a value.
-func CommitGathers(t *testing.T, start StartOn) { // number of Commits in a second
-	const takes, second = 10 * time.Millisecond, 100 // Commits
-	type gathers func(t *testing.T, n *Net, store *SlowStore)
-	beside := func(most int64, others func(t *testing.T, n *Net, ended <-chan struct{})) gathers {
-		return func(t *testing.T, n *Net, store *SlowStore) {
-			ended := make(chan struct{})
-			var all sync.WaitGroup
-			all.Go(func() { others(t, n, ended) })
-			n.repeat(t, 10, takes/10, takes/10, second)
-			got := store.Commits.Load()
-			close(ended)
-			all.Wait()
-			is.Between(t, "Commits for 100 rounds of all who come each time", got, 0, most)
+func CommitGathers(t *testing.T, start StartOn) {
+	for _, cases := range []map[string]gathers{gathersAlone, gathersBeside, gathersReaders} {
+		for what, test := range cases {
+			t.Run(what, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					store := &SlowStore{Memory: kvstore.NewMemory(), Takes: commitTakes}
+					test(t, start.on(t, store), store)
+				})
+			})
 		}
 	}
-	for what, test := range map[string]gathers{
-		"halves": func(t *testing.T, n *Net, store *SlowStore) {
-			n.repeat(t, 10, takes/2, time.Millisecond, 20)
-			is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 30)
-		},
-		"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
-			clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
-			for range 5 { // all come each time
-				for _, c := range clients {
-					c.Send("Put:k:v\n")
-				}
-				for _, c := range clients {
-					c.Want(":OK 1")
-				}
+}
+
+// commitTakes is how long a Commit takes. aSecond is how many of them take a second.
+const commitTakes, aSecond = 10 * time.Millisecond, 100
+
+// gathers tries how n's server gathers writes for the slow Commits of store.
+type gathers func(t *testing.T, n *Net, store *SlowStore)
+
+// gathersBeside has tests of ten clients that come each time, beside others.
+var gathersBeside = map[string]gathers{
+	"one that reads in between": beside(aSecond*3/2, func(t *testing.T, n *Net, ended <-chan struct{}) {
+		for both := n.DialAck(t); ; {
+			select {
+			case <-ended:
+				return
+			default:
+			}
+			both.Ask("Get:none", ":OK 0")
+			both.Ask("Put:k:v", ":OK 1")
+		}
+	}),
+	"some that come seldom": beside(140, func(t *testing.T, n *Net, _ <-chan struct{}) {
+		n.repeat(t, 8, 9*commitTakes/8, 9*commitTakes, aSecond/5)
+	}),
+	"one that pauses": beside(127, func(t *testing.T, n *Net, _ <-chan struct{}) {
+		c := n.DialAck(t)
+		for i := range aSecond / 2 { // it comes for a while, pauses, and comes again
+			c.Ask("Put:k:v", ":OK 1")
+			<-time.After(commitTakes/10 + commitTakes*time.Duration(i%5/4*5))
+		}
+	}),
+}
+
+// gathersAlone has tests of clients that all do the same.
+var gathersAlone = map[string]gathers{
+	"halves": func(t *testing.T, n *Net, store *SlowStore) {
+		n.repeat(t, 10, commitTakes/2, time.Millisecond, 20)
+		is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 30)
+	},
+	"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
+		clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
+		for range 5 { // all come each time
+			for _, c := range clients {
+				c.Send("Put:k:v\n")
 			}
 			for _, c := range clients {
-				c.HangUp()
+				c.Want(":OK 1")
 			}
-			alone := n.Dial(t)
-			for range 3 {
-				began := time.Now()
-				alone.Ask("Put:k:v\nPing", ":PONG")
-				is.Between(t, "the wait of a client that is alone", time.Since(began), 0, takes)
-			}
-		},
-		"late": func(t *testing.T, n *Net, store *SlowStore) {
+		}
+		for _, c := range clients {
+			c.HangUp()
+		}
+		alone := n.Dial(t)
+		for range 3 {
 			began := time.Now()
-			n.repeat(t, 2, takes/70, takes*7/10, second)
-			is.Between(t, "Commits of clients that come late", store.Commits.Load(),
-				int64(time.Since(began)/takes)*95/100, math.MaxInt64)
-		},
-		"one that reads in between": beside(second*3/2, func(t *testing.T, n *Net, ended <-chan struct{}) {
-			for both := n.DialAck(t); ; {
-				select {
-				case <-ended:
-					return
-				default:
+			alone.Ask("Put:k:v\nPing", ":PONG")
+			is.Between(t, "the wait of a client that is alone", time.Since(began), 0, commitTakes)
+		}
+	},
+	"late": func(t *testing.T, n *Net, store *SlowStore) {
+		began := time.Now()
+		n.repeat(t, 2, commitTakes/70, commitTakes*7/10, aSecond)
+		is.Between(t, "Commits of clients that come late", store.Commits.Load(),
+			int64(time.Since(began)/commitTakes)*95/100, math.MaxInt64)
+	},
+}
+
+// gathersReaders has tests of clients that read, or take, beside one that writes.
+var gathersReaders = map[string]gathers{
+	"readers": func(t *testing.T, n *Net, store *SlowStore) {
+		reader, gets := n.DialAck(t), 0
+		go n.repeat(t, 1, 0, commitTakes*4/10, aSecond)
+		for end := time.Now().Add(aSecond * commitTakes); time.Now().Before(end); gets++ {
+			reader.Ask("Get:none", ":OK 0")
+			<-time.After(commitTakes / 200)
+		}
+		is.Between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
+		world.Pass(time.Second)
+	},
+	"Takes": func(t *testing.T, n *Net, store *SlowStore) {
+		for range 2 {
+			worker := n.DialAck(t)
+			go func() {
+				for worker.Send("Take:k:2\n"); len(worker.ReadList()) > 0; {
+					worker.Send("Take:k:2\n")
 				}
-				both.Ask("Get:none", ":OK 0")
-				both.Ask("Put:k:v", ":OK 1")
-			}
-		}),
-		"some that come seldom": beside(140, func(t *testing.T, n *Net, _ <-chan struct{}) {
-			n.repeat(t, 8, 9*takes/8, 9*takes, second/5)
-		}),
-		"one that pauses": beside(127, func(t *testing.T, n *Net, _ <-chan struct{}) {
-			c := n.DialAck(t)
-			for i := range second / 2 { // it comes for a while, pauses, and comes again
-				c.Ask("Put:k:v", ":OK 1")
-				<-time.After(takes/10 + takes*time.Duration(i%5/4*5))
-			}
-		}),
-		"readers": func(t *testing.T, n *Net, store *SlowStore) {
-			reader, gets := n.DialAck(t), 0
-			go n.repeat(t, 1, 0, takes*4/10, second)
-			for end := time.Now().Add(second * takes); time.Now().Before(end); gets++ {
-				reader.Ask("Get:none", ":OK 0")
-				<-time.After(takes / 200)
-			}
-			is.Between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
-			world.Pass(time.Second)
-		},
-		"Takes": func(t *testing.T, n *Net, store *SlowStore) {
-			for range 2 {
-				worker := n.DialAck(t)
-				go func() {
-					for worker.Send("Take:k:2\n"); len(worker.ReadList()) > 0; {
-						worker.Send("Take:k:2\n")
-					}
-				}()
-			}
-			began := time.Now()
-			n.repeat(t, 1, 0, takes/100, second)
-			is.Between(t, "time of 100 values for two workers", time.Since(began), 0, second*(takes+takes/50))
-			world.Pass(3 * time.Second)
-		},
-	} {
-		t.Run(what, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				store := &SlowStore{Memory: kvstore.NewMemory(), Takes: takes}
-				test(t, start.on(t, store), store)
-			})
-		})
+			}()
+		}
+		began := time.Now()
+		n.repeat(t, 1, 0, commitTakes/100, aSecond)
+		is.Between(t, "time of 100 values for two workers", time.Since(began), 0,
+			aSecond*(commitTakes+commitTakes/50))
+		world.Pass(3 * time.Second)
+	},
+}
+
+// beside returns a test of ten clients that come each time while others do something else until ended is
+// closed: there may be most Commits for 100 rounds.
+func beside(most int64, others func(t *testing.T, n *Net, ended <-chan struct{})) gathers {
+	return func(t *testing.T, n *Net, store *SlowStore) {
+		ended := make(chan struct{})
+		var all sync.WaitGroup
+		all.Go(func() { others(t, n, ended) })
+		n.repeat(t, 10, commitTakes/10, commitTakes/10, aSecond)
+		got := store.Commits.Load()
+		close(ended)
+		all.Wait()
+		is.Between(t, "Commits for 100 rounds of all who come each time", got, 0, most)
 	}
 }
 
