@@ -128,7 +128,7 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 // was written, and nothing counts as gone.
 func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
 		reached = writesBeside(t, tooLate, n, 0)
 	}
 }
@@ -137,7 +137,7 @@ func TestEtcdLateAnswers(t *testing.T) {
 // that was sent in its place, the file has all that was written, and nothing counts as gone.
 func TestEtcdLateRequests(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n = storetest.Next(n, 1) {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
 		for by := 4; by < 6; by++ {
 			reached = writesBeside(t, delayed, n, by)
 		}
@@ -329,7 +329,7 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 // next one has all that was answered.
 func TestEtcdKilledAfterALateRequest(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n = storetest.Next(n, 3) {
+	for n, reached := 1, true; reached; n = storetest.Next(n, 6) {
 		for by := 4; by < 8; by++ {
 			at := n + by + (7*n+11*by)%30
 			synctest.Test(t, func(t *testing.T) { reached = killedAfterALate(t, n, by, at) })
@@ -580,7 +580,7 @@ func TestEtcdSpoiledPieces(t *testing.T) {
 				if n++; n < next {
 					continue
 				}
-				next = storetest.Next(n, 1)
+				next = storetest.Next(n, 2)
 				e.restore(whole.copy(), e.id)
 				e.put(key, string(value))
 				checker, _ := e.dir(t, t.Context(), "")

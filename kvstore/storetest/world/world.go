@@ -93,7 +93,7 @@ const maxLine = 20_000
 // the first seed, KVSERVER_SEEDS the number of seeds (0: until the run is stopped). The whole story
 // is printed if there is only one.
 func Run(t *testing.T, program Program) {
-	first, seeds := uint64(1), uint64(storetest.Fewer(50, 10))
+	first, seeds := uint64(1), uint64(storetest.Fewer(30, 6))
 	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
 		"KVSERVER_SEEDS": &seeds} {
 		if text := os.Getenv(name); text != "" {
