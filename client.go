@@ -505,7 +505,7 @@ func (c *Client) sendOf(chain *Query, text int) {
 	}
 
 	c.underWay = true
-	c.outbox.longText = int64(max(0, text-short))
+	c.outbox.waitingText = int64(max(0, text-short))
 	c.server.queries <- chain
 }
 
@@ -760,13 +760,13 @@ func (c *Client) acquireInput(size, queries int, most int64) bool {
 // acquireForLine is acquireInput for the begun line.
 func (c *Client) acquireForLine(size int) bool {
 	b := &c.server.budget
-	return b.takesLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
+	return b.mayTakeLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
 }
 
 // awaitLineMemory waits until buf may have size bytes for the begun line. What a line may take:
 //
 //   - like a burst, a part of half of forInput (resizeInput);
-//   - a part of all of forInput, while the lines whose replies wait are not too much (takesLines);
+//   - a part of all of forInput, while the lines whose replies wait are not too much (mayTakeLines);
 //   - whatever it needs, if it has the only slot of anyLine: otherwise all lines could wait for each
 //     other for ever;
 //   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
@@ -791,10 +791,10 @@ func (c *Client) awaitLineMemory(size int) bool {
 	// Nobody tells when there is memory again, so this looks now and then.
 	for !in.lineSlot.taken && !c.acquireForLine(size) {
 		var anyLine, freeing chan struct{} // nil: not now
-		if c.mayHave(&b.anyLine) {
+		if c.mayHaveSlot(&b.anyLine) {
 			anyLine = b.anyLine.slots
 		}
-		if c.mayHave(&b.freeing) {
+		if c.mayHaveSlot(&b.freeing) {
 			freeing = b.freeing.slots
 		}
 
@@ -810,7 +810,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 		}
 
 		// While this client waited for the slot, others may have taken the memory.
-		if in.lineSlot.taken && !c.mayHave(in.lineSlot.of) {
+		if in.lineSlot.taken && !c.mayHaveSlot(in.lineSlot.of) {
 			in.lineSlot.release()
 		}
 	}
@@ -820,19 +820,19 @@ func (c *Client) awaitLineMemory(size int) bool {
 	return true
 }
 
-// mayHave reports whether the begun line may have a slot of anyLine or freeing now. A request that frees
+// mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request that frees
 // makes memory for all others, so freeing is for these alone. Lines that had a slot may keep their memory
 // for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody reads replies:
 // so they have a limit. A single line does not reach it, however long it is.
-func (c *Client) mayHave(of *semaphore) bool {
+func (c *Client) mayHaveSlot(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
-	case b.inputs.Load()+b.longLines.Load() > b.forInput()+b.forQueues()+int64(c.server.maxLine):
+	case b.inputs.Load()+b.waitingLines.Load() > b.forInput()+b.forQueues()+int64(c.server.maxLine):
 		return false
 	case of == &b.freeing:
 		return c.in.isFreeing()
 	}
-	return b.takesLines()
+	return b.mayTakeLines()
 }
 
 // isFreeing reports whether the begun line is a request that frees.
@@ -1022,7 +1022,7 @@ func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
 	// Others may take long to read their Keys. A long line does not wait for that if lines have more
-	// memory than their share, or no other line would get a slot (mayHave).
+	// memory than their share, or no other line would get a slot (mayHaveSlot).
 	stop, b := c.server.closeSignal, &c.server.budget
 	if c.in.forLine && b.inputs.Load() > b.forInput() {
 		stop = c.server.serving // it is closed
@@ -1328,17 +1328,17 @@ type outbox struct {
 	budget     *budget
 	maxMessage int // bytes in a message, at most: the constant, except in tests
 
-	core       slot     // for work that takes long
-	acked      bool     // the client has sent Ack: every request is answered
-	slow       bool     // the latest word from progress was false
-	listing    *listing // the Keys or Dump that is being answered; nil: none is
-	next       *Query   // the first query whose reply is not formatted yet
-	left       int      // bytes still to be formatted, at most, by which newMessage chooses a size
-	piece      int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
-	claimed    int64    // bytes of the reply in hand that count as queued before they are
-	longText   int64    // bytes of the chain's buffer beyond a short burst's (sendOf); 0: none
-	valueLists int64    // bytes of the waiting chain's lists that count as queued
-	pinned     int64    // bytes of values that the chain keeps, and that count in budget.pinned
+	core        slot     // for work that takes long
+	acked       bool     // the client has sent Ack: every request is answered
+	slow        bool     // the latest word from progress was false
+	listing     *listing // the Keys or Dump that is being answered; nil: none is
+	next        *Query   // the first query whose reply is not formatted yet
+	left        int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	piece       int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
+	claimed     int64    // bytes of the reply in hand that count as queued before they are
+	waitingText int64    // bytes of the chain's buffer beyond a short burst's (sendOf); 0: none
+	valueLists  int64    // bytes of the waiting chain's lists that count as queued
+	pinned      int64    // bytes of values that the chain keeps, and that count in budget.pinned
 
 	// How fast the client takes the replies of the waiting chain: the time without room since the
 	// rate was last measured, and how many bytes the connection had taken then (noteWait).
@@ -1381,12 +1381,12 @@ func (c *Client) deliver(chain *Query, size int) {
 	c.done <- chain
 }
 
-// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.longLines
+// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.waitingLines
 // instead of budget.inputs; the slices of its lists in budget.queued; and their values, which others
 // may remove from the store, in budget.pinned. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
-	b, long := o.budget, o.longText
-	b.longLines.Add(long)
+	b, long := o.budget, o.waitingText
+	b.waitingLines.Add(long)
 	b.inputs.Add(-long)
 
 	// Count each Get, because each may keep another version of the same list.
@@ -1403,7 +1403,7 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	return func() {
 		o.pin(0)
 		b.queued.Add(-o.valueLists)
-		b.longLines.Add(-long)
+		b.waitingLines.Add(-long)
 		b.inputs.Add(long)
 	}
 }
@@ -1671,7 +1671,7 @@ const (
 //   - if others wait for their Keys or Dump, and this is one.
 //
 // In the last two cases a client that drips is cut off, too. In the first case it is cut off only if
-// the lines of waiting chains take so much memory that no other long line gets any (takesLines).
+// the lines of waiting chains take so much memory that no other long line gets any (mayTakeLines).
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1691,9 +1691,9 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	case o.slow && mayDrop:
 		return isDropped, ""
 
-	case (o.slow || o.drips && !o.budget.takesLines()) && mayCut && o.budget.isCrowded():
+	case (o.slow || o.drips && !o.budget.mayTakeLines()) && mayCut && o.budget.isCrowded():
 		return isCutOff, fmt.Sprintf("it took no replies, and what waits for all clients takes %d "+
-			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.longLines.Load())
+			"bytes (-max-queues)", o.budget.queued.Load()+o.budget.waitingLines.Load())
 	case (o.slow || o.drips) && o.pinned > 0 && o.budget.needsPinned():
 		return isCutOff, "it took a long reply too slowly, and others need the memory of its values"
 	case (o.slow || o.drips) && o.listing != nil && o.listing.place.isAwaited():
@@ -1708,8 +1708,8 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
 	// A client may be cut after Ack, or while it waits for a Keys or Dump. Another client may be cut if
-	// it has sent long lines (longText) and this reply may not be dropped, or if values are pinned.
-	mayCut := o.acked || o.listing != nil || o.longText > 0 && !mayDrop
+	// it has sent long lines (waitingText) and this reply may not be dropped, or if values are pinned.
+	mayCut := o.acked || o.listing != nil || o.waitingText > 0 && !mayDrop
 
 	for {
 		// Look at what the connection did last. With nothing queued that makes no difference.

@@ -1199,11 +1199,11 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                                                      of grantedChain
 //	a line that has  its buffer, up to            forInput, grantedInput  it waits for memory or a
 //	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
-//	                                              (mayHave) queues and    one that hardly comes is
+//	                                              (mayHaveSlot) queues and    one that hardly comes is
 //	                                              three lines more        skipped while others wait
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
 //	waits                                         above; long lines       queues, others' long lines
-//	                                              (longText) count with   wait; if the sum is over
+//	                                              (waitingText) count with   wait; if the sum is over
 //	                                              replies, too            queues, a client that
 //	                                                                      takes nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
@@ -1250,13 +1250,13 @@ type budget struct {
 	fewKeys   int   // keys in a list that acquires no memory: the constant, except in tests
 
 	// In use, in bytes.
-	queued    atomic.Int64 // replies, lists and copied keys that wait
-	keyLists  atomic.Int64 // of queued: keys to be listed
-	longLines atomic.Int64 // long lines whose replies wait
-	inputs    atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	granted   atomic.Int64 // of these buffers and chains, what each client may have (grantedInput)
-	store     atomic.Int64 // store and clients, as workLoop last noted them
-	pinned    atomic.Int64 // values that waiting replies would keep if others removed them all
+	queued       atomic.Int64 // replies, lists and copied keys that wait
+	keyLists     atomic.Int64 // of queued: keys to be listed
+	waitingLines atomic.Int64 // long lines whose replies wait
+	inputs       atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
+	granted      atomic.Int64 // of these buffers and chains, what each client may have (grantedInput)
+	store        atomic.Int64 // store and clients, as workLoop last noted them
+	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
 
 	// What else was alive after the last collection: most likely values that are pinned and were
 	// removed from the store (removed), and all the rest (other).
@@ -1322,7 +1322,7 @@ func (b *budget) forQueues() int64 {
 
 // accounted is how many bytes are in use according to the other counts.
 func (b *budget) accounted() int64 {
-	return b.store.Load() + b.queued.Load() + b.longLines.Load() + b.inputs.Load() +
+	return b.store.Load() + b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() +
 		b.granted.Load()
 }
 
@@ -1339,7 +1339,7 @@ func (b *budget) fits(bytes, ofReserve int64) bool {
 func (b *budget) isAtLimit() bool { return !b.mayQueue(0) }
 
 // isCrowded reports whether all queues and the chains that wait have together reached that limit.
-func (b *budget) isCrowded() bool { return !b.mayQueue(b.longLines.Load()) }
+func (b *budget) isCrowded() bool { return !b.mayQueue(b.waitingLines.Load()) }
 
 // needsPinned reports whether the removed values that replies still pin are many, and do not fit into
 // forData beside the data. Then clients that read too slowly must give up what they have pinned.
@@ -1381,9 +1381,9 @@ func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inp
 // forBursts is how many of these bytes bursts may take. The rest is left for long lines.
 func (b *budget) forBursts() int64 { return b.forInput() / 2 }
 
-// takesLines reports whether a long line may get memory now. If the lines whose replies wait have
+// mayTakeLines reports whether a long line may get memory now. If the lines whose replies wait have
 // reached the limit of the queues, clients that take too little are cut first.
-func (b *budget) takesLines() bool { return b.limit == 0 || b.longLines.Load() < b.forQueues() }
+func (b *budget) mayTakeLines() bool { return b.limit == 0 || b.waitingLines.Load() < b.forQueues() }
 
 // addUpTo adds bytes to sum, unless sum would then be more than most; 0: no limit.
 func addUpTo(sum *atomic.Int64, bytes, most int64) bool {

@@ -2561,7 +2561,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			world.Pass(slowAfter + lineTime)
 
 			b := &n.server.budget
-			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.longLines.Load()+b.inputs.Load(),
+			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.waitingLines.Load()+b.inputs.Load(),
 				0, 3*share)
 			b.collected(int64(heapBytes() - before))
 			a := n.DialAck(t)
@@ -2570,7 +2570,7 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 
 			closeClients(clients)
 			world.Pass(2 * probeTime) // so that the server notices that waiting clients have gone
-			is.Equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.longLines.Load()+b.inputs.Load(), 0)
+			is.Equal(t, fmt.Sprintf("%.4s: bytes when all have gone", line), b.waitingLines.Load()+b.inputs.Load(), 0)
 		})
 	}
 }
@@ -4152,7 +4152,7 @@ func TestSlowReaderFate(t *testing.T) {
 			client.buffer <- nil
 		}
 		s.budget.queued.Store(max(0, c.bytes))
-		s.budget.longLines.Store(max(0, -c.bytes))
+		s.budget.waitingLines.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
 		is.Equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
@@ -4161,7 +4161,7 @@ func TestSlowReaderFate(t *testing.T) {
 	// Others' long lines get no memory because of what clients that drip keep.
 	s := New(kvstore.NewMemory())
 	s.budget.limitTo(64<<20, 1000)
-	s.budget.longLines.Store(1000)
+	s.budget.waitingLines.Store(1000)
 	client := unwritten(s)
 	for range maxShared {
 		client.buffer <- nil
@@ -4494,7 +4494,7 @@ func (s simulated) Left() (what []string) {
 		"bytes are still queued":  s.budget.queued.Load(),
 		"bytes of lists are kept": s.budget.keyLists.Load(),
 		"bytes are still pinned":  s.budget.pinned.Load() - s.pinned,
-		"bytes of input are kept": s.budget.inputs.Load() + s.budget.granted.Load() + s.budget.longLines.Load(),
+		"bytes of input are kept": s.budget.inputs.Load() + s.budget.granted.Load() + s.budget.waitingLines.Load(),
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),

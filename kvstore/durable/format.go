@@ -389,7 +389,7 @@ type logWriter struct {
 	// somebody puts over such a file lacks its end.
 	stamp     storage.Stamp   // which file it is
 	isSpoiled bool            // somebody has changed the file, or it is not the expected one
-	isWatched bool            // the file can be changed in place
+	isShared  bool            // the file can be changed in place
 	end       [frameSize]byte // the last bytes of the last frame, or of the header
 	found     [frameSize]byte // what was last read there
 }
@@ -409,7 +409,7 @@ func createFile(d storage.Directory, name string, fill func(w *logWriter) error)
 	// Errors have the name without tmpSuffix. The bytes are on disk before the file gets its name.
 	w := &logWriter{f: f, path: d.Path(name)}
 	err = fill(w)
-	w.watch(d) // only now: fill need not read back each frame
+	w.readBackIfShared(d) // only now: fill need not read back each frame
 	if err == nil {
 		err = w.sync()
 	}
@@ -472,10 +472,10 @@ func extendLog(d storage.Directory, h fileHeader, stamp storage.Stamp, end int64
 
 	w := &logWriter{f: f, path: d.Path(h.name()), header: h, seed: h.seed(), size: end,
 		fileSize: end}
-	w.watch(d)
+	w.readBackIfShared(d)
 	w.stamp, err = f.Stamp()
 	w.isSpoiled = !w.stamp.IsSameFile(stamp)
-	if err == nil && w.isWatched {
+	if err == nil && w.isShared {
 		_, err = f.ReadAt(w.end[:], end-frameSize)
 	}
 	if err != nil {
@@ -552,15 +552,15 @@ func (w *logWriter) writeZeros(bytes int64) error {
 
 // watch has checkLast and check read the file back, if others can change it in place: as on a disk, which
 // is where files have zeros ahead.
-func (w *logWriter) watch(d storage.Directory) {
+func (w *logWriter) readBackIfShared(d storage.Directory) {
 	_, _, zeros := d.Sizes()
-	w.isWatched = zeros > 0
+	w.isShared = zeros > 0
 }
 
 // checkLast checks whether the last frame, which ends at end, is still where it was written. An older
 // copy that somebody has put over the file lacks it. A file that cannot be read is not spoiled.
 func (w *logWriter) checkLast(end int64) error {
-	if !w.isWatched {
+	if !w.isShared {
 		return nil
 	}
 
@@ -573,7 +573,7 @@ func (w *logWriter) checkLast(end int64) error {
 // read.
 func (w *logWriter) check() error {
 	err := w.checkLast(w.size)
-	if err == nil && w.isWatched && w.header.kind != 0 { // STORE has no header
+	if err == nil && w.isShared && w.header.kind != 0 { // STORE has no header
 		var b [headerSize]byte
 		_, err = w.f.ReadAt(b[:], 0)
 

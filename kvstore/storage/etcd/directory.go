@@ -59,7 +59,7 @@ type directory struct {
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
-// access admits one goroutine at a time. It is a channel and not a sync.Mutex because look waits
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock waits
 // for it only a while, and because in a test with a fake clock time goes on while somebody waits
 // for it.
 type access chan struct{}
@@ -460,7 +460,7 @@ func (d *directory) check() (isKnown bool) {
 		return false
 	}
 
-	names, more, lock, err := d.look()
+	names, more, lock, err := d.takeStock()
 	switch {
 	case err != nil:
 		return false
@@ -506,10 +506,10 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// look reads the names, the lock, and how many pieces there are beyond those counted, at a moment
+// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a moment
 // at which no file is being written. It fails if that moment does not come soon. The caller has
 // access.
-func (d *directory) look() (names map[string]string, more int64, lock []keyValue, err error) {
+func (d *directory) takeStock() (names map[string]string, more int64, lock []keyValue, err error) {
 	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {

@@ -97,8 +97,8 @@ func (f *pieceFile) end() int64 {
 	return f.size + int64(len(f.buf))
 }
 
-// look reads which pieces follow those that are known.
-func (f *pieceFile) look() error {
+// findPieces reads which pieces follow those that are known.
+func (f *pieceFile) findPieces() error {
 	all := f.d.all("d/" + f.id + "/")
 	return f.d.each(f.from(f.count), all.End, func(kvs []keyValue) error {
 		for _, kv := range kvs {
@@ -126,7 +126,7 @@ func (f *pieceFile) look() error {
 func (f *pieceFile) reread() (changed bool, err error) {
 	was := f.extent
 	f.extent = extent{}
-	if err := f.look(); err != nil {
+	if err := f.findPieces(); err != nil {
 		f.extent = was
 		return false, err
 	}
@@ -186,7 +186,7 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 		return 0, err
 	}
 	if f.d.lock == nil && offset+int64(len(b)) > f.size { // another process may have written
-		if err := f.look(); err != nil {
+		if err := f.findPieces(); err != nil {
 			return 0, err
 		}
 	}
