@@ -67,8 +67,7 @@ const (
 	// Meanwhile readFromClient checks this often whether the connection is still open.
 	probeTime = time.Second
 
-	handshakeTime = 5 * time.Second // for a TLS handshake
-	drainTime     = time.Second     // for the client to take our last words and close
+	drainTime = time.Second // for the client to take our last words and close
 	// of silence: then a closing server expects nothing more from a client
 	busyTime = 20 * time.Millisecond
 )

@@ -91,6 +91,8 @@ const (
 	guestMost      = 64 << 10
 	memoryPerShake = 128 << 10
 
+	handshakeTime = 5 * time.Second // for a TLS handshake
+
 	// seldomTime lies between two lines of log about an event that may happen a thousand times a
 	// second (seldom).
 	seldomTime = time.Minute
@@ -499,6 +501,65 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	// The guest has given up its place, so its bytes are not counted any more.
 	paced.Conn = guest.Conn
 	s.connections <- outer
+}
+
+// fewConns is a listener with a limited number of connections. One more takes the place of the
+// oldest that has sent nothing, or else of the oldest, so that nobody can keep others out.
+type fewConns struct {
+	net.Listener
+	most   int
+	guests []*guest // the oldest first; owned by Accept, which one goroutine calls
+}
+
+// guest is a connection that was accepted by fewConns. It has a place there until it leaves.
+type guest struct {
+	net.Conn
+	came atomic.Int64 // bytes
+	left atomic.Bool  // it has no place any more
+}
+
+// Accept waits for a connection, and closes another one if there is no place for it.
+func (f *fewConns) Accept() (net.Conn, error) {
+	conn, err := f.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+
+	// If all places are taken, free those of the connections that have left.
+	if len(f.guests) == f.most {
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
+	}
+
+	// If no place was free, close the oldest that has sent nothing, or else the oldest.
+	if len(f.guests) == f.most {
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return g.came.Load() == 0 })
+		f.guests[max(i, 0)].Close()
+		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
+	}
+
+	g := &guest{Conn: conn}
+	f.guests = append(f.guests, g)
+	return g, nil
+}
+
+// leave gives up the place. It reports whether the guest still had one.
+func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+
+// Read reads, and fails once more than guestMost bytes have come.
+func (g *guest) Read(p []byte) (n int, err error) {
+	if n, err = g.Conn.Read(p); g.came.Add(int64(n)) > guestMost {
+		return 0, errEndless
+	}
+	return n, err
+}
+
+// Close gives up the place and closes the connection. It does nothing once the guest has left:
+// shakeHands may have passed the connection on.
+func (g *guest) Close() error {
+	if !g.leave() {
+		return nil
+	}
+	return g.Conn.Close()
 }
 
 // endAccepting closes connections, which tells workLoop that no more of them come. It runs as one
@@ -2090,65 +2151,6 @@ func (s *keyValueServer) watch(listeners []net.Listener, host string) *http.Serv
 		go server.Serve(&fewConns{Listener: listener, most: maxWatchers / len(listeners)})
 	}
 	return server
-}
-
-// fewConns is a listener with a limited number of connections. One more takes the place of the
-// oldest that has sent nothing, or else of the oldest, so that nobody can keep others out.
-type fewConns struct {
-	net.Listener
-	most   int
-	guests []*guest // the oldest first; owned by Accept, which one goroutine calls
-}
-
-// guest is a connection that was accepted by fewConns. It has a place there until it leaves.
-type guest struct {
-	net.Conn
-	came atomic.Int64 // bytes
-	left atomic.Bool  // it has no place any more
-}
-
-// Accept waits for a connection, and closes another one if there is no place for it.
-func (f *fewConns) Accept() (net.Conn, error) {
-	conn, err := f.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-
-	// If all places are taken, free those of the connections that have left.
-	if len(f.guests) == f.most {
-		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
-	}
-
-	// If no place was free, close the oldest that has sent nothing, or else the oldest.
-	if len(f.guests) == f.most {
-		i := slices.IndexFunc(f.guests, func(g *guest) bool { return g.came.Load() == 0 })
-		f.guests[max(i, 0)].Close()
-		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
-	}
-
-	g := &guest{Conn: conn}
-	f.guests = append(f.guests, g)
-	return g, nil
-}
-
-// leave gives up the place. It reports whether the guest still had one.
-func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
-
-// Read reads, and fails once more than guestMost bytes have come.
-func (g *guest) Read(p []byte) (n int, err error) {
-	if n, err = g.Conn.Read(p); g.came.Add(int64(n)) > guestMost {
-		return 0, errEndless
-	}
-	return n, err
-}
-
-// Close gives up the place and closes the connection. It does nothing once the guest has left:
-// shakeHands may have passed the connection on.
-func (g *guest) Close() error {
-	if !g.leave() {
-		return nil
-	}
-	return g.Conn.Close()
 }
 
 // watchHandler returns the handler of watch. Requests must be for host, localhost or an address.
