@@ -127,7 +127,7 @@ const (
 //	the server closes             workLoop ends all Reads (stopReading), and after closeTime all
 //	                              Writes (hurry)
 //	it has asked for nothing      there is no writeToClient: readFromClient closes the connection
-//	it never becomes a client     the goroutine that has the connection closes it: shakeHands,
+//	it never becomes a client     the goroutine that has the connection closes it: receive, shakeHands,
 //	                              fewConns, welcome or reject
 type Client struct {
 	// The fields that Project 0 has.
@@ -333,9 +333,9 @@ const tlsHandshake = 0x16
 // that are complete now. If a line is being skipped and ends among these bytes, the skipping ends.
 //
 // The lines are not copied. They stay in the buffer into which they were read, and the two buffers
-// change places, so that the next Read uses the other one. By the next wholeLines the chains that
-// were made of the lines have come back, and the store has copied the keys and values that it
-// keeps.
+// change places, so that the next Read uses the other one. readLines waits for the chains that were
+// made of the lines (await) before it calls wholeLines again: by then the store has copied the keys
+// and values that it keeps.
 func (in *input) wholeLines(n int) (burst string) {
 	end := in.pending + n
 	in.filled = end == len(in.buf)
@@ -744,8 +744,8 @@ func (c *Client) resizeInput() bool {
 	return true
 }
 
-// acquireInput reports whether buf may have size bytes, and the chain so many queries, if all inputs
-// together may take most bytes. If they may, it counts what they need.
+// acquireInput counts in budget.inputs what a buf of size bytes and a chain of so many queries take,
+// unless all inputs together would then take more than most bytes. It reports whether it did.
 func (c *Client) acquireInput(size, queries int, most int64) bool {
 	_, need := c.in.need(size, max(queries, grantedChain)) // each client may have so many
 	more := max(0, need-c.in.counted)
@@ -766,8 +766,8 @@ func (c *Client) acquireForLine(size int) bool {
 //
 //   - like a burst, a part of half of forInput (resizeInput);
 //   - a part of all of forInput, while the lines whose replies wait are not too much (mayTakeLines);
-//   - whatever it needs, if it has the only slot of anyLine: otherwise all lines could wait for each
-//     other for ever;
+//   - whatever it needs, if it has the only slot of anyLine: without this slot all lines, each of them
+//     read by half, could wait for each other for ever;
 //   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
 //
 // A line that hardly comes gives way to others that wait (givesWay). awaitLineMemory returns false if
@@ -819,10 +819,11 @@ func (c *Client) awaitLineMemory(size int) bool {
 	return true
 }
 
-// mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request that frees
-// makes memory for all others, so freeing is for these alone. Lines that had a slot may keep their memory
-// for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody reads replies:
-// so they have a limit. A single line does not reach it, however long it is.
+// mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request that
+// frees makes memory for all others, so freeing is for these alone. Lines that had a slot may keep
+// their memory for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody
+// reads replies: so they have a limit. It is one maxLine more than all shares, so a single line does
+// not reach it.
 func (c *Client) mayHaveSlot(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
@@ -1020,11 +1021,11 @@ type listing struct {
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
-	// Others may take long to read their Keys. A long line does not wait for that if lines have more
-	// memory than their share, or no other line would get a slot (mayHaveSlot).
+	// Others may take long to read their Keys. A Keys that holds a long line does not wait for that if
+	// lines have more memory than their share, or no other line would get a slot (mayHaveSlot).
 	stop, b := c.server.closeSignal, &c.server.budget
 	if c.in.forLine && b.inputs.Load() > b.forInput() {
-		stop = c.server.serving // it is closed
+		stop = c.server.serving // this channel is closed, so acquire does not wait
 	}
 
 	// A snapshot keeps in memory what is removed meanwhile, so there are few at a time.
@@ -1452,8 +1453,8 @@ func (o *outbox) measure(chain *Query) (size int) {
 }
 
 // reply queues the replies to chain's requests, left bytes in all. It formats none before there is
-// room for it. hasRoom means that the caller, which does not wait, has seen room for all of them in
-// one message.
+// room for it. hasRoom means that the caller is workLoop, which does not wait: it has seen room for all
+// of them in one message.
 func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	var msg []byte // nil, or a message that was begun when there was room
 	shared := false
@@ -1683,8 +1684,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	noneMore := o.claimed == 0 && o.budget.isAtLimit()
 
 	switch {
-	// With nothing queued a reply may always begin, because no Write is under way whose end could
-	// tell of room.
+	// With nothing queued a reply may always begin: writeToClient tells of room only when it takes a
+	// message out.
 	case waiting == 0 || hasRoom && !noneMore:
 		return isQueued, ""
 	case o.slow && mayDrop:
@@ -1707,7 +1708,8 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
 	// A client may be cut after Ack, or while it waits for a Keys or Dump. Another client may be cut if
-	// it has sent long lines (waitingText) and this reply may not be dropped, or if values are pinned.
+	// it has sent long lines (waitingText) and this reply may not be dropped. (For pinned values any
+	// client may be cut: see decide.)
 	mayCut := o.acked || o.listing != nil || o.waitingText > 0 && !mayDrop
 
 	for {
@@ -1796,9 +1798,9 @@ var (
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for left bytes, or for piece if that is less. It
-// borrows memory of a fixed size if the message will nearly fill it, or if the client keeps up. Any
-// other message takes no more memory than it needs.
+// newMessage returns an empty message with room for left bytes, or for piece if that is less. If the
+// client keeps up, or if the message fills one of large, it borrows memory of a fixed size (chunks,
+// large). Any other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.left, o.piece)
 
@@ -1955,8 +1957,8 @@ type pacedConn struct {
 	writing atomic.Bool  // a Write is under way; for isBroken
 	taken   atomic.Int64 // bytes in all; for noteWait
 
-	// The connection took bytes after a pause. So the client reads, because room in its sockets would
-	// have been used without a pause. False again when the client is slow.
+	// The connection took bytes after a pause. So the client reads: if its sockets had had room, they
+	// would have taken these bytes without a pause. False again when the client is slow.
 	resumed bool
 }
 
@@ -1970,8 +1972,8 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		p.setDeadline(time.Now(), lookTime)
 	}
 
-	// The time without a byte taken. The first tick may have begun before this Write, so it does
-	// not count.
+	// The time without a byte taken. It begins below 0, because the first tick, which may have begun
+	// before this Write, does not count.
 	stalled, tick := -lookTime, lookTime
 	for {
 		m, err := p.Conn.Write(b[n:])

@@ -82,7 +82,7 @@ const (
 	// open files that are kept free for everything except clients: the store, the log
 	spareFiles    = 32
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
-	maxHandshakes = 1000 // TLS handshakes under way; fewer if the process may open few files
+	maxHandshakes = 1000 // TLS handshakes under way; fewer with few files or little -max-memory
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
@@ -462,8 +462,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 		return
 	}
 
-	// The other side may be slow to shake hands, and others want to connect meanwhile. But if
-	// workLoop hears of no end for a while, because a Commit lasts, others wait.
+	// The other side may be slow to shake hands, and others want to connect meanwhile. But while a
+	// Commit lasts, workLoop takes no handshake that has ended, and then others wait for a slot here.
 	place := slot{of: &s.shaking}
 	if !place.acquire(s.closeSignal) {
 		guest.Close()
@@ -892,7 +892,8 @@ type gathering struct {
 func (g *gathering) came(sh *share) {
 	g.left(sh)
 	g.writes = true
-	sh.isSteady, sh.wroteIn = g.number-sh.wroteIn <= 2, g.number
+	sh.isSteady = g.number-sh.wroteIn <= 2 // one of the two batches before
+	sh.wroteIn = g.number
 	if sh.isSteady {
 		g.steady++
 	}
@@ -906,8 +907,8 @@ func (g *gathering) left(sh *share) {
 	sh.isSteady = false
 }
 
-// mustWait reports whether the batch is to wait. If so, it sets the timer that ends the wait; if only
-// earlier waits in vain are against it, it counts skip down.
+// mustWait reports whether the batch is to wait, and if so, it sets the timer that ends the wait. A
+// batch that does not wait only because earlier waits were in vain makes skip less by one.
 func (g *gathering) mustWait() bool {
 	switch {
 	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
@@ -945,7 +946,7 @@ func (s *keyValueServer) schedule(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
 
-	// Of the time that a quiet client did not use, it may catch up on at most maxRound.
+	// A client that was quiet is at most maxRound ahead of the others.
 	sh.spent = max(sh.spent, s.floor-maxRound)
 
 	// Nobody else wants to run now. (Without this rule the result is the same, for 2 % more CPU time.)
@@ -1122,8 +1123,9 @@ func (s *keyValueServer) serveTakes(q *Query) {
 	}
 }
 
-// endTake ends the Take of q's client. If it waits for a value it is answered without one. If it
-// still waits for its turn it may look once (stopTake), or is answered without a value (dropTake).
+// endTake ends the Take of q's client. If it waits for a value it is answered without one. If it still
+// waits for its turn, stopTake has it run once, without waiting, and dropTake answers it without a
+// value.
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
@@ -1260,12 +1262,12 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                                                      of grantedChain
 //	a line that has  its buffer, up to            forInput, grantedInput  it waits for memory or a
 //	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
-//	                                              (mayHaveSlot) queues and    one that hardly comes is
-//	                                              three lines more        skipped while others wait
+//	                                              (mayHaveSlot) queues    one that hardly comes is
+//	                                              and three lines more    skipped while others wait
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
 //	waits                                         above; long lines       queues, others' long lines
-//	                                              (waitingText) count with   wait; if the sum is over
-//	                                              replies, too            queues, a client that
+//	                                              (waitingText) count     wait; if the sum is over
+//	                                              with replies, too       queues, a client that
 //	                                                                      takes nothing is cut
 //	replies          maxBufferSize of maxMessage, queues, a quarter more  a client that takes
 //	                 one being made, one being    for replies that have   nothing loses them; after
@@ -1295,7 +1297,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                              they count as data
 //	TLS handshakes   memoryPerShake               half of the reserve     one more takes the place of
 //	                                                                      another (fewConns), and
-//	                                                                      waits while workLoop does
+//	                                                                      waits (shaking) until
+//	                                                                      workLoop knows of its end
 //	requests of      guestMost                    maxWatchers             one more takes the place of
 //	-http                                                                 another
 //	sockets          sendBuffer, twice, and what  -                       not counted: it is the
@@ -1460,7 +1463,7 @@ func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 }
 
 // lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use
-// half of the reserve, because while there is a snapshot even such a write copies memory.
+// half of the reserve: while there is a snapshot it, too, copies memory.
 func (s *keyValueServer) lacksMemory(q *Query) bool {
 	s.noteMemory()
 	if s.budget.fits(q.memory(), 0) {
@@ -1585,7 +1588,7 @@ func (p *gcPacer) choose() {
 	p.server.budget.collected(live)
 
 	// What is pinned takes the place of garbage. However little is alive, Go lets the heap grow to
-	// 4 MiB times the percentage: limit that.
+	// 4 MiB times the percentage. So this is about 600 at most: 24 MiB.
 	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.removed.Load()
 	garbage = max(garbage, garbageMin/4)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
@@ -1757,7 +1760,9 @@ func (c counter) write(w io.Writer) {
 		name, c.help, name, kind, name, labels, value)
 }
 
-// stats returns the rows that Stats and /metrics both show. Only workLoop calls it.
+// stats returns the rows that Stats and /metrics both show. Only workLoop calls it. To add a row, give
+// it a name that ends in _total if it only grows, and a sentence of help, and add it to TestStats in
+// the same place. A value that changes by itself is an exception in TestWatchHasTheCountersOfStats.
 func (s *keyValueServer) stats() []counter {
 	// The memory rows below are to be up to date.
 	s.noteMemory()

@@ -108,7 +108,7 @@ func (d *Store) lookForFiles() error {
 		d.healing.Store(true) // so that a stop waits for this, too
 		d.AwaitCompaction()
 		d.healing.Store(false)
-		return d.lookForFiles()
+		return d.lookForFiles() // no compaction runs now, so all files count
 	}
 
 	if len(c.spoiled)+len(c.leftovers) > 0 {

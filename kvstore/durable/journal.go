@@ -136,7 +136,7 @@ func (j *journal) syncRest() error {
 // goOn goes on in a new file, and returns the old one for the caller to close; nil: no new file
 // could be made. The last frame of the old file says that another follows. Before this frame
 // nothing has changed, so a failure there, such as a full disk or too few descriptors, leaves the
-// log in the old file. A failure after it is an error.
+// log in the old file. A failure after it is an error, and so is a failed fsync.
 func (j *journal) goOn() (old *logWriter, err error) {
 	j.writing <- struct{}{}
 	defer func() { <-j.writing }()
@@ -289,7 +289,7 @@ func (j *journal) vouch() {
 	j.mu.Lock()
 	due := j.synced == j.sequence && !j.vouched
 	if due && j.zerosAhead > 0 && (j.diskIsFull.Load() || j.current.zeros() < 2*frameSize) {
-		due, j.vouched = false, true // otherwise the timer would tick again and again
+		due, j.vouched = false, true // though no frame says it, or the timer would tick again and again
 	}
 	j.mu.Unlock()
 	if due {

@@ -62,7 +62,7 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 			continue
 		}
 
-		// Perhaps the file that needs this one is the wrong one, and not the store's.
+		// Name the file that shows the gap, too: perhaps that one is not the store's.
 		missing := missingFile(dir, name)
 		if number < l.last {
 			missing.What += ": " + logName(kindSegment, l.last) + " comes after it"
@@ -315,8 +315,8 @@ func (s *files) isFollowed(number uint64) bool {
 	return l.last > number
 }
 
-// isUnused reports whether a file is a segment without frames, and the file before it, of which the
-// frames before next were read, had no more when this one was made. If it had more, its end is
+// isUnused reports whether l is a segment without frames that was made when the file before it ended
+// before frame next. Then nothing of that file is missing. If that file had more frames, its end is
 // damaged: a rotation makes the next file only when all of the old one is on disk.
 func (s *files) isUnused(l *logReader, next uint64) bool {
 	// first counts the frame that was to say that this file follows.

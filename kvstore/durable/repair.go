@@ -194,7 +194,8 @@ func (s *salvage) findFrames(l *logReader) (*foundFile, error) {
 			break
 		}
 
-		// Go on behind the bad place. Nobody writes meanwhile.
+		// A start takes a bad frame for a torn one unless a later frame calls it synced, and cuts off
+		// what follows. Repair keeps each whole frame: so a bad place with one behind it is damage.
 		end.bad = damage
 		more, err := l.skip()
 		if err == nil && !more {
@@ -318,9 +319,12 @@ func isUnbroken(frames []foundFrame, first uint64) bool {
 	return n == 0 || frames[n-1].sequence-first == uint64(n-1)
 }
 
-// base returns the snapshot to begin with: the newest in which no frame is missing, and none behind
-// it, or an empty one if no frame is missing from the first on; otherwise the newest that has its
-// end, or the newest that has frames.
+// base returns the snapshot to begin with, the first that there is of these:
+//
+//   - the newest in which no frame is missing, and none behind it; or an empty one, if no frame is
+//     missing from the first on;
+//   - the newest that has its end;
+//   - the newest that has frames.
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
 	isComplete := func(file *foundFile) bool {
@@ -364,7 +368,8 @@ func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first u
 		first = frames[n-1].sequence + 1
 	}
 
-	// The newest segment comes first, so the one right behind the snapshot decides, if it can.
+	// The newest segment comes first, so the last one here is the one right behind the snapshot, and
+	// that one decides, if it can.
 	for _, file := range s.segments {
 		if file.header.number > snapshot.header.number && file.header.first > 0 {
 			first = file.header.first

@@ -391,9 +391,9 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 			return judged, nil
 		}
 
-		// A bad frame is judged, and then read once more: another process may have been writing it.
-		// If that process has also written a later frame that calls this one synced, which
-		// judgeTail takes for a sign of damage, the frame is whole by now.
+		// A bad frame is judged, and then read once more, because another process may be writing it.
+		// That process may even write a later frame that calls this one synced before judgeTail looks:
+		// then judgeTail calls it damaged, but the second read finds it whole.
 		judged = end
 		err = l.judgeTail(&judged, damage)
 		if err != nil {
@@ -423,7 +423,7 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		case err != nil:
 			return nil, err
 		case end.isLast():
-			l.offset, l.next = end.offset, end.next
+			l.offset, l.next = end.offset, end.next // nextFrame has gone behind this frame
 			return l.damageHere("a frame follows the one that should be the last"), nil
 		}
 
@@ -435,7 +435,7 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		end.frames++
 		end.last = f.kind
 
-		// The frame that f calls synced is on disk. Only the frames behind it may not be.
+		// The frame that f calls synced is on disk. Only the frames behind it, up to f, may not be.
 		l.doubts = append(l.doubts, end.offset)
 		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(l.doubts))))
 		l.doubts = slices.Delete(l.doubts, 0, len(l.doubts)-left)
@@ -455,8 +455,8 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	end.size = max(end.size, l.size)
 
 	// A commit that was never whole on disk was never answered. But a frame that a later one calls
-	// synced was on disk, and so was all of a file that says that another follows. Zeros are room
-	// for frames, even behind the last frame of a full file, if its rotation was killed.
+	// synced was on disk, and so was all of a file that says that another follows. Zeros are no
+	// bytes here, but room: a rotation that was killed leaves them even behind a file's last frame.
 	switch {
 	case later > 0, bytes > 0 && end.isLast():
 		end.tail, end.bad = damaged, damage

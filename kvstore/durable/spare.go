@@ -52,10 +52,10 @@ func (d *Store) toDelete(bytes int64) int64 {
 
 // Room returns an error, and has changed nothing, if the disk has no room for one more record with
 // this many bytes of key and values. If that record were written anyway, the next Commit could
-// fail, and end the store. Requests that free room (Delete, Remove, Take) may use SPARE, but unless
-// they remove the key, they leave enough room in SPARE, or in the log, to delete everything. So do
-// all others, which are also refused while spoiled files cannot be written again. A directory
-// without zerosAhead knows itself what room it has.
+// fail, and end the store. Requests that free room (Delete, Remove, Take) may use SPARE, and those of
+// them that remove the key may use all of it. All other requests leave enough room, in SPARE or in the
+// log, to delete everything. Writes are also refused while spoiled files cannot be written again. A
+// directory without zerosAhead knows itself what room it has.
 func (d *Store) Room(key string, bytes int64, removes int) error {
 	need, frees := d.needFor(bytes), removes > 0
 	switch {
@@ -65,7 +65,7 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 		return nil
 	case !frees && d.noHeal != nil:
 		return d.noHeal
-	case frees && d.room >= need && d.spare.fileSize >= d.toDelete(0): // as usually
+	case frees && d.room >= need && d.spare.fileSize >= d.toDelete(0): // the usual case
 		return nil
 	case frees && removes >= d.Count(key): // the log gets the key alone
 		return d.roomToFree(d.needFor(min(bytes, 2*int64(len(key)))), 0)

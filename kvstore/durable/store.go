@@ -118,7 +118,7 @@ const (
 // files that this replaces, and a timer, which syncs the current file and writes frames that say
 // what is on disk. There is at most one of each at a time. (The lock may have another goroutine.)
 //
-// Reads are Memory's: nothing is read from disk after Open.
+// Reads are Memory's: no request reads a file after Open.
 type Store struct {
 	*kvstore.Memory
 	journal

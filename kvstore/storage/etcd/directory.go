@@ -256,6 +256,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 			return nil
 		case isStep && len(is) == 1 && bytes.Equal(first.Value, is[0].Value): // by an earlier try
 			return nil
+
+		// Our lock is there, so it is one of compare that does not hold.
 		case !isStep && d.lock.isOursIn(lock):
 			return errUnlike
 		}
@@ -449,8 +451,8 @@ func (d *directory) setNames(names map[string]string) {
 
 // check finds out whether etcd has everything that this process has written. If anything is gone,
 // all files count as lost: the store then writes all its data again, so what is left of them is of
-// no use. It returns false if it could not find out: etcd did not answer, or a file is being
-// written.
+// no use. It returns false if it could not find out: etcd did not answer, a file is being written, a
+// write has arrived late, or the lock has to be taken again.
 func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
@@ -470,7 +472,7 @@ func (d *directory) check() (isKnown bool) {
 		return false
 	}
 
-	// More pieces than were counted do no harm: a request has arrived late.
+	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived late.
 	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
 	for name, id := range names {
 		f := d.files[id]

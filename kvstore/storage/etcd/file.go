@@ -346,7 +346,7 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
 		n, err := f.put()
-		if err == errSmaller || err == errUnlike {
+		if err == errSmaller || err == errUnlike { // what was given up may have arrived, or arrive later
 			n, err = 0, f.settle(err)
 		}
 		if err != nil {
@@ -358,8 +358,8 @@ func (f *pieceFile) send(least int) error {
 }
 
 // settle reads which pieces the file has by now, after a request that may have arrived without an
-// answer, or arrives later than others: it puts bytes that buf began with, and may remove pieces that
-// it joins. why is the error for which settle is called; nil: there was none.
+// answer, or arrives later than others. Such a request puts bytes that buf began with, and may remove
+// pieces that it joins. why is the error for which settle is called; nil: there was none.
 func (f *pieceFile) settle(why error) error {
 	was := f.extent
 	isChanged, err := f.reread()
@@ -392,9 +392,9 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
-// arrived; if not, put is to be called again, and takes fewer bytes. After any other error no more
-// pieces can be added.
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have arrived,
+// or may arrive later. After errSmaller and errUnlike the caller settles what the file has, and calls
+// put again, which takes fewer bytes after errSmaller. After any other error no more pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
@@ -413,7 +413,7 @@ func (f *pieceFile) put() (n int, err error) {
 	if joins {
 		p.start -= int64(len(f.tail))
 		before = f.before
-		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count)))
+		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count))) // data has their bytes
 	}
 
 	began := time.Now()

@@ -138,8 +138,8 @@ type sight struct {
 	told     string    // the reason for the wait that the log was told last
 }
 
-// look reads the lock. It asks in a way that a full etcd refuses: then nobody can take the lock, or
-// show signs of life in it, so that time must not count.
+// look reads the lock. It asks with a put that never happens, because a full etcd refuses that: while
+// etcd is full the lock's holder cannot show a sign of life, so this time must not count.
 func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
@@ -433,8 +433,8 @@ func (l *clusterLock) show(sent time.Time) bool {
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// Give up only if this sign has failed and was sent patienceTime or more after the last confirmed one, by
-	// the monotonic clock.
+	// Silence ends the lock only if this sign was sent patienceTime or more after the last confirmed one,
+	// by the monotonic clock. Another holder, or a refusal by all members, ends it at once.
 	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
 	case l.beating.Err() != nil: // the lock was given back or lost
 	case err == nil && answer.Succeeded:
