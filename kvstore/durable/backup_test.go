@@ -25,6 +25,7 @@ func TestBackup(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	h := storetest.NewHistory()
 	random := rand.New(rand.NewPCG(9, 9))
+
 	for i := range 100 {
 		for range random.IntN(8) {
 			storetest.RandomStep(t, random, d, h.Done)
@@ -33,6 +34,7 @@ func TestBackup(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.Told = h.Done.Clone()
+
 		out := storetest.New()
 		if i%10 > 0 { // half a frame is in the file
 			w := d.current
@@ -40,9 +42,12 @@ func TestBackup(t *testing.T) {
 				frame{sequence: d.sequence + 1, synced: d.sequence},
 				[]byte("half a frame"))[:45], w.size)
 		}
+
 		if _, err := Backup(dir, out); err != nil {
 			t.Fatalf("backup %d: %v", i, err)
 		}
+
+		// Only the backup is to see the half frame.
 		d.current.f.WriteAt(make([]byte, 45), d.current.size)
 		if r, err := check(out); err != nil || r.Damaged ||
 			strings.Contains(fmt.Sprint(r), "torn") {
@@ -51,12 +56,14 @@ func TestBackup(t *testing.T) {
 		checkKept(t, h, out, fmt.Sprint("backup ", i))
 		d.AwaitCompaction()
 	}
+
 	d.minCompact = 1 << 30
 	for d.size < headerSize+200 { // the newest file has something in it
 		d.Put("key", strings.Repeat("v", 100))
 		d.Commit()
 	}
 	d.Close()
+
 	for name := range dir.Names {
 		if kind, _ := parseName(name); kind.isLog() {
 			data := slices.Clone(dir.Names[name].Data)
@@ -70,6 +77,7 @@ func TestBackup(t *testing.T) {
 			}
 		}
 	}
+
 	full := storetest.New().With("photo.jpg", nil)
 	if _, err := Backup(dir, full); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("into a directory that is not empty: %v", err)
@@ -119,7 +127,9 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 		d.Put("key", strings.Repeat("v", 100))
 		d.Commit()
 	}
+
 	dir.Names["seg-2.log"].Data[headerSize+frameSize] ^= 1
+
 	lists, writes := 0, false
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "list" && !writes {
@@ -136,6 +146,7 @@ func TestCheckOfADamagedBusyStore(t *testing.T) {
 		}
 		return nil
 	}
+
 	if r, err := Check(dir); err != nil || !r.Damaged || lists > 5 {
 		t.Errorf("after %d lists: %v, %v", lists, r, err)
 	}
@@ -153,6 +164,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.segmentSize, d.minCompact = 20_000, 40_000
+
 	var told atomic.Int64
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	defer func() {
@@ -164,6 +176,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 			t.Errorf("a backup inside the store: %v", err)
 		}
 	}()
+
 	go func() {
 		defer close(stopped)
 		for i := int64(1); ; i++ {
@@ -172,6 +185,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 				return
 			default:
 			}
+
 			d.Put("counter", fmt.Sprint(i))
 			d.Update("counter", fmt.Sprint(i-1), "x")
 			d.Update("counter", "x", "y")
@@ -181,6 +195,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 				d.Delete("counter")
 				d.Put("counter", fmt.Sprint(i))
 			}
+
 			if err := d.Commit(); err != nil {
 				t.Error(err)
 				return
@@ -188,6 +203,8 @@ func TestBackupBesideARealStore(t *testing.T) {
 			told.Store(i)
 		}
 	}()
+
+	// backUp checks that a copy holds what was told when it began.
 	backUp := func(to string) error {
 		least := told.Load()
 		if _, err := backUpAt(path, to); err != nil {
@@ -198,6 +215,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 			return err
 		}
 		defer copied.Close()
+
 		most := int64(0)
 		for _, values := range copied.All() {
 			for _, v := range values {
@@ -211,6 +229,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 		}
 		return nil
 	}
+
 	for i := range 3 {
 		ended := make(chan error, 3)
 		for range cap(ended) {
@@ -230,6 +249,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 func TestBackupBesideFastCompactions(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
+
 	compactions, runs := 0, false
 	dir.Before = func(c storetest.Call) error {
 		if c.What != "open" || c.Name == storage.StoreName || runs || compactions == 50 {
@@ -245,11 +265,13 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 		}
 		return d.compactNow()
 	}
+
 	out := storetest.New()
 	if _, err := Backup(dir, out); err != nil || compactions != 50 {
 		t.Fatalf("after %d compactions: %v", compactions, err)
 	}
 	wantAll(t, "copied", out, maps.Collect(d.All()))
+
 	dir.Before = nil
 	dir.Remove(logName(kindSegment, d.number()))
 	if _, err := Backup(dir, storetest.New()); !errors.As(err, new(*storage.DamageError)) {
@@ -282,9 +304,11 @@ func TestFewDescriptors(t *testing.T) {
 		}
 		return nil
 	}
+
 	if r, err := Check(few); err != nil || r.Damaged {
 		t.Errorf("check: %v, %v", r, err)
 	}
+
 	for what, copy := range map[string]func(out storage.Directory) (Report, error){
 		"backup": func(out storage.Directory) (Report, error) { return Backup(few, out) },
 		"repair": func(out storage.Directory) (Report, error) { return Repair(few, out) },
@@ -295,6 +319,7 @@ func TestFewDescriptors(t *testing.T) {
 		}
 		wantAll(t, what, out, want)
 	}
+
 	if few.Handles != 0 {
 		t.Errorf("%d files are open", few.Handles)
 	}
@@ -324,6 +349,7 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 		d.Commit()
 	}
 	d.Close()
+
 	for what, damage := range map[string]func(b []byte) []byte{
 		"a bit of the last frame": func(b []byte) []byte { b[len(b)-20] ^= 1; return b },
 		"the last frame":          func(b []byte) []byte { return b[:len(b)-frameSize] },
@@ -342,6 +368,7 @@ func TestFailedBackupLeavesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
 	d.Close()
+
 	for n := 1; ; n++ {
 		out := storetest.New()
 		out.FailAt = n
@@ -349,6 +376,7 @@ func TestFailedBackupLeavesNoFile(t *testing.T) {
 		if err == nil {
 			break
 		}
+
 		out.FailAt = 0
 		delete(out.Names, storage.LockName)
 		if len(out.Names) > 0 {
@@ -364,11 +392,13 @@ func TestFailedBackupLeavesNothing(t *testing.T) {
 	store, to, there := filepath.Join(path, "store"), filepath.Join(path, "copy"), t.TempDir()
 	os.Mkdir(store, 0o700)
 	os.WriteFile(filepath.Join(store, storage.StoreName), []byte("what is this"), 0o600)
+
 	for _, to := range []string{to, there} {
 		if _, err := backUpAt(store, to); !errors.As(err, new(*storage.DamageError)) {
 			t.Errorf("a copy of a damaged store: %v", err)
 		}
 	}
+
 	if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the directory that was made is there: %v", err)
 	}
@@ -385,6 +415,7 @@ func TestCheckBesideARealStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.segmentSize, d.minCompact = 300_000, 600_000
+
 	written := make(chan struct{})
 	go func() {
 		defer close(written)
@@ -397,6 +428,7 @@ func TestCheckBesideARealStore(t *testing.T) {
 			}
 		}
 	}()
+
 	for on := true; on; {
 		if r, err := checkAt(path); err != nil || r.Damaged {
 			t.Errorf("check: %v, %v", r, err)
@@ -422,6 +454,7 @@ func TestCheckBesideEachWrite(t *testing.T) {
 		}
 		d.Put("key", "value")
 		d.Commit()
+
 		reads := 0
 		dir.Before = func(c storetest.Call) error {
 			if c.What == "read" {
@@ -435,6 +468,7 @@ func TestCheckBesideEachWrite(t *testing.T) {
 			}
 			return nil
 		}
+
 		if r, err := Check(dir); err != nil || r.Damaged {
 			t.Errorf("before read %d: %v, %v", before, r.Lines, err)
 		}
@@ -454,6 +488,7 @@ func TestBackupLocksFirst(t *testing.T) {
 		t.Errorf("beside another one: %v, %d files", err, len(out.Names))
 	}
 
+	// The other store is made while the backup waits for the lock.
 	out = storetest.New()
 	began := false
 	out.Before = func(c storetest.Call) error {
@@ -470,6 +505,7 @@ func TestBackupLocksFirst(t *testing.T) {
 		}
 		return nil
 	}
+
 	if _, err := Backup(dir, out); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("over a store that was made meanwhile: %v", err)
 	}
@@ -485,6 +521,7 @@ func TestBrokenOffBackup(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
 	d.Close()
+
 	refused := 0
 	for n, reached := 1, true; reached; n++ {
 		out := storetest.New()
@@ -496,14 +533,17 @@ func TestBrokenOffBackup(t *testing.T) {
 		if err == nil {
 			t.Errorf("call %d fails, and the backup says nothing", n)
 		}
+
 		out = out.Kill()
 		before := maps.Clone(out.Names)
 		largest := 0
 		for _, f := range out.Names {
 			largest = max(largest, len(f.Data))
 		}
+
 		_, err = openStill(out, Options{})
 		switch {
+		// STORE is copied last, so with it the copy is whole.
 		case before[storage.StoreName] != nil && err == nil:
 		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
 			refused++
@@ -521,6 +561,7 @@ func TestBrokenOffBackup(t *testing.T) {
 			t.Errorf("killed at call %d: %v", n, err)
 		}
 	}
+
 	if refused < 5 {
 		t.Errorf("only %d of these are refused", refused)
 	}
@@ -533,6 +574,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 	storetest.Script(t, d, storetest.NewHistory())
 	want := maps.Collect(d.All())
 	d.Close()
+
 	random := rand.New(rand.NewPCG(1, 1))
 	var images []*storetest.Dir
 	out := storetest.New()
@@ -542,6 +584,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 		}
 		return nil
 	}
+
 	if _, err := Backup(dir, out); err != nil {
 		t.Fatal(err)
 	}
@@ -553,6 +596,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 		_, isStore := image.Names[storage.StoreName]
 		hasData := slices.ContainsFunc(slices.Collect(maps.Values(image.Names)),
 			func(f *storetest.File) bool { return len(f.Data) > maxStoreFile })
+
 		again, err := openStill(image, Options{})
 		switch {
 		case errors.Is(err, ErrUnfinished), errors.As(err, new(*storage.DamageError)):
@@ -578,6 +622,7 @@ func TestPowerFailureInABackup(t *testing.T) {
 func TestFilesOfSystems(t *testing.T) {
 	names := []string{"lost+found", "@eaDir", "#snapshot", ".snapshot", "System Volume Information",
 		"desktop.ini", "Thumbs.db", "aquota.user", "aquota.group", ".report.tmp", ".cache.tmp"}
+
 	dir := storetest.New()
 	for _, name := range names {
 		dir = dir.With(name, []byte("theirs"))
@@ -590,17 +635,21 @@ func TestFilesOfSystems(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Error(err)
 	}
+
 	if r, err := Check(dir); err != nil || r.Damaged {
 		t.Errorf("check: %v, %v", r, err)
 	}
 	if _, err := openSmall(dir, Options{}); err != nil {
 		t.Errorf("opened again: %v", err)
 	}
+
 	for _, name := range names {
 		if dir.Names[name] == nil {
 			t.Errorf("%s is gone", name)
 		}
 	}
+
+	// These are neither ours nor a system's.
 	for _, name := range []string{"torn-notes.txt", "damaged-1", "seg-1.log.tmp.tmp", "STORE.old"} {
 		_, err := openStill(storetest.New().With(name, nil), Options{})
 		if !errors.Is(err, storage.ErrNotOurs) {
@@ -621,6 +670,7 @@ func TestNoFileCanBeMade(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		d.Put("k", "v")
 		d.Close()
+
 		dir.Before = func(call storetest.Call) error {
 			if call.What == "create" {
 				return &os.PathError{Op: call.What, Path: call.Name, Err: c.err}
@@ -632,6 +682,7 @@ func TestNoFileCanBeMade(t *testing.T) {
 				dir.Room += len(f.Data)
 			}
 		}
+
 		again, err := openSmall(dir, Options{})
 		if (err == nil) != c.opens || err != nil && !errors.Is(err, c.err) {
 			t.Errorf("%v, the disk is full: %v: %v", c.err, c.isFull, err)
@@ -646,6 +697,7 @@ func TestNoFileCanBeMade(t *testing.T) {
 func TestBackupIntoAStolenDirectory(t *testing.T) {
 	dir, _, _ := segment(t, 3)
 	out := storetest.New()
+
 	out.Before = func(c storetest.Call) error {
 		if c.What == "rename" && c.Name == storage.StoreName+tmpSuffix {
 			out.Mu.Lock()
@@ -655,6 +707,7 @@ func TestBackupIntoAStolenDirectory(t *testing.T) {
 		}
 		return nil
 	}
+
 	if _, err := Backup(dir, out); !errors.Is(err, storage.ErrMoved) {
 		t.Errorf("a backup: %v", err)
 	}
@@ -692,6 +745,7 @@ func TestBackupHoldsItsFiles(t *testing.T) {
 		}
 		return nil
 	}
+
 	_, err := Backup(dir, out)
 	if err != nil || d.snapshot == 0 || out.Names["seg-1.log"] == nil {
 		t.Errorf("the backup: %v; the store has snapshot %d, and the copy %v", err, d.snapshot,
@@ -727,6 +781,7 @@ func TestBackupDoesNotFollow(t *testing.T) {
 		}
 		return nil
 	}
+
 	_, err := Backup(dir, out)
 	if err != nil || writes < first || writes > 2*first {
 		t.Errorf("%d writes for a copy of %d frames: %v", writes, first, err)
@@ -771,6 +826,7 @@ func TestBackupBesideARotation(t *testing.T) {
 				}
 				return nil
 			}
+
 			ended := make(chan struct{})
 			go func() {
 				for d.number() < 2 {
@@ -781,6 +837,7 @@ func TestBackupBesideARotation(t *testing.T) {
 				d.Commit()
 				close(ended)
 			}()
+
 			<-hasName
 			if r, err := read(dir); err != nil || r.Damaged {
 				t.Errorf("%s: %v, %q", what, err, r.Lines)

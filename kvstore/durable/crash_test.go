@@ -33,6 +33,7 @@ func TestCrashAfterEveryCall(t *testing.T) {
 	if l, _ := readLayout(total); l.snapshot < 2 {
 		t.Fatalf("the script compacts too little: %+v", l)
 	}
+
 	for n := 0; n < total.Calls; n = storetest.Next(n, 3) {
 		random := rand.New(rand.NewPCG(uint64(n), 1))
 		dir := storetest.New()
@@ -41,6 +42,7 @@ func TestCrashAfterEveryCall(t *testing.T) {
 		if d, err := openSmall(dir, Options{}); err == nil {
 			storetest.Script(t, d, h)
 		}
+
 		image := dir.Crash(random)
 		checkKept(t, h, image.Crash(random), fmt.Sprint("crash after call ", n))
 		for m := 1; m < 40; m += 1 + random.IntN(8) {
@@ -118,6 +120,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 		x()
 		states = append(states, m.Clone())
 	}
+
 	for range 40 {
 		for range random.IntN(6) {
 			step(func() { storetest.RandomStep(t, random, d, m) })
@@ -128,6 +131,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 				step(func() { storetest.Step{Op: "Set", Key: key, Value: value}.Do(t, d, m) })
 			}
 		}
+
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
@@ -135,6 +139,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 		answers[len(states)-1] = time.Now()
 		<-time.After(time.Duration(random.IntN(2)) * time.Duration(random.Int64N(int64(3*stall))))
 	}
+
 	close(stop)
 	<-stopped
 	if err := d.Close(); err != nil {
@@ -151,6 +156,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 			}
 			f.answered = min(f.answered, least)
 		}
+
 		again, err := openSmall(f.image, Options{Fsync: FsyncNever})
 		if err != nil {
 			t.Fatalf("seed %d, fsync %v: what a power failure leaves is refused: %v", seed, fsync,
@@ -172,6 +178,7 @@ func TestEveryCallFails(t *testing.T) {
 			dir := storetest.New()
 			dir.FailAt, dir.Forever = n, forever
 			h := storetest.NewHistory()
+
 			d, err := openSmall(dir, Options{})
 			if err == nil {
 				if err = storetest.Script(t, d, h); err != nil {
@@ -187,6 +194,7 @@ func TestEveryCallFails(t *testing.T) {
 			} else if !errors.Is(err, storetest.ErrDisk) {
 				t.Fatalf("call %d: Open: %v", n, err)
 			}
+
 			failed = dir.Calls >= n
 			dir.FailAt = 0
 			checkKept(t, h, dir.Crash(rand.New(rand.NewPCG(uint64(n), 2))),
@@ -194,9 +202,11 @@ func TestEveryCallFails(t *testing.T) {
 			if err == nil {
 				continue
 			}
+
 			dir.Locked = false
 			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
 			checkKept(t, h, dir, what)
+
 			// The start must not rely on data that a failed Sync left only in the kernel's memory.
 			if d, err = openSmall(dir, Options{}); err != nil {
 				t.Fatalf("%s: %v", what, err)
@@ -205,6 +215,7 @@ func TestEveryCallFails(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Fatalf("%s: Commit: %v", what, err)
 			}
+
 			if d, err = openSmall(dir.Crash(rand.New(rand.NewPCG(uint64(n), 3))),
 				Options{}); err != nil || len(d.Get("after")) != 1 {
 				t.Fatalf("%s: a Put committed after the restart is lost to a power failure: %v",
@@ -225,6 +236,7 @@ func TestCrashesInRecoveries(t *testing.T) {
 		if d, err := openSmall(dir, Options{}); err == nil {
 			storetest.Script(t, d, h)
 		}
+
 		image := dir.Crash(random)
 		for range 3 {
 			image.FailAt, image.Forever = 1+random.IntN(30), true
@@ -246,6 +258,7 @@ func TestMissingDescriptors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		dir.FailAt, dir.Failure = dir.Calls+n, syscall.EMFILE
 		d.rotateAfter = time.Time{}
 		if err := storetest.Script(t, d, h); err != nil {
@@ -255,6 +268,7 @@ func TestMissingDescriptors(t *testing.T) {
 		if d.Close(); d.failure() != nil {
 			t.Fatalf("call %d lacks a descriptor: %v", n, d.failure())
 		}
+
 		dir.FailAt = 0
 		checkKept(t, h, dir, fmt.Sprintf("call %d lacked a descriptor, then", n))
 	}
@@ -278,6 +292,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	d.Close()
 	size := sizeOf(dir)
+
 	for _, crashed := range []bool{false, true} {
 		full := dir.With(storage.LockName, nil)
 		if full.Room = size; crashed {
@@ -285,11 +300,13 @@ func TestFullDisk(t *testing.T) {
 			clear(f.Data[d.size-frameSize : d.size])
 			copy(f.Disk, f.Data)
 		}
+
 		d, err := openStill(full, Options{})
 		if err != nil {
 			t.Fatalf("crashed: %v: a start on a full disk: %v", crashed, err)
 		}
 		d.zerosAhead = 4096
+
 		held := len(d.Get("key7"))
 		if err := d.Room("", 2000, 0); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("room for a Put: %v", err)
@@ -297,6 +314,7 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Room("", 100, 0); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("a Put may take the room that is kept for Deletes: %v", err)
 		}
+
 		deleted := 0
 		for i := range 5 {
 			if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
@@ -307,6 +325,8 @@ func TestFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
+		// There is room again, and Room asks the disk at once.
 		full.Room, d.roomAfter = 0, time.Time{}
 		if err := d.Room("", 2000, 0); err != nil {
 			t.Errorf("with room again: %v", err)
@@ -315,6 +335,7 @@ func TestFullDisk(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}
+
 		again, err := openStill(full, Options{})
 		if err != nil || held != 1 || deleted != 5 || len(again.Get("key1")) != 0 ||
 			len(again.Get("key7")) != 1 || len(again.Get("more")) != 1 {
@@ -332,6 +353,7 @@ func TestStopOnAFullDisk(t *testing.T) {
 	for _, f := range full.Names {
 		full.Room += len(f.Data)
 	}
+
 	d, err := openStill(full, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -339,6 +361,7 @@ func TestStopOnAFullDisk(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Errorf("a stop: %v", err)
 	}
+
 	if d, err = openStill(full, Options{}); err != nil ||
 		len(d.Get("key")) != 3 {
 		t.Errorf("after it: %v", err)
@@ -379,6 +402,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				value, n := strings.Repeat("v", sizes[1]), 0
 				key := func(i int) string { return fmt.Sprintf("%0*d", sizes[0], i) }
 				var err error
+
 				for ; n < 3000; n++ {
 					k := key(n)
 					if what == "one key" {
@@ -396,6 +420,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				if !errors.Is(err, syscall.ENOSPC) {
 					t.Fatalf("%s: the disk is not full after %d: %v", what, n, err)
 				}
+
 				if restarted {
 					d.Close()
 					if d, err = openSmall(dir, opts); err != nil {
@@ -418,6 +443,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 					}
 				}
 				d.AwaitCompaction()
+
 				dir.Room = 0
 				<-time.After(roomTime)
 				if err := d.Room("", int64(sizes[0]+sizes[1]), 0); err != nil {
@@ -427,6 +453,7 @@ func TestFullDiskDeletesEverything(t *testing.T) {
 				if err := d.Close(); err != nil {
 					t.Errorf("%s: %v", what, err)
 				}
+
 				again, err := openSmall(dir, Options{})
 				if err != nil || keysOf(again) != 1 {
 					t.Errorf("%s: opened again: %v, %d keys", what, err, keysOf(again))
@@ -461,6 +488,7 @@ func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 
 		refused := 0
 		for range 400 {
+			// Otherwise Room would repeat a refusal without asking the disk.
 			d.roomAfter = time.Time{}
 			key := fmt.Sprintf("%0*d", 1+random.IntN(1+random.IntN(500)), random.IntN(50))
 			value := strings.Repeat("v", random.IntN(1+random.IntN(20_000)))
@@ -473,6 +501,7 @@ func TestFullDiskDeletesEverythingInAnyMix(t *testing.T) {
 				commit()
 			}
 		}
+
 		d.AwaitCompaction()
 		for key := range maps.Collect(d.All()) {
 			remove(key)
@@ -530,6 +559,7 @@ func TestLargestFileDeletesEverything(t *testing.T) {
 				commit()
 			}
 		}
+
 		if err := d.Close(); err != nil {
 			t.Fatalf("%+v: %v", c, err)
 		}
@@ -554,6 +584,7 @@ func TestRoomIsThere(t *testing.T) {
 			}
 			d.AwaitCompaction()
 		}
+
 		if err := d.Close(); err != nil {
 			t.Fatalf("with %d bytes: %v", room, err)
 		}
@@ -595,6 +626,7 @@ func TestNearlyFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		put(true)
 		d.Put("filler", strings.Repeat("v", 20_000))
 		d.Commit()
@@ -602,6 +634,7 @@ func TestNearlyFullDisk(t *testing.T) {
 		for range 20 {
 			put(false)
 		}
+
 		if strings.Contains(log.String(), "writes are taken") {
 			t.Errorf("the log says\n%s", log)
 		}
@@ -623,6 +656,7 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
 	dir.Room = sizeOf(dir) + 40_000
+
 	for i := range 100 {
 		if err := d.Room("", 60_000, 0); !storage.IsFull(err) {
 			t.Fatalf("a large write: %v", err)
@@ -654,6 +688,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 			}
 			return n
 		}
+
 		written := write()
 		for i := range written {
 			if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
@@ -664,6 +699,7 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if restarted {
 			err := d.Close()
 			if err == nil {
@@ -707,6 +743,7 @@ func TestLogIsSpared(t *testing.T) {
 	if n < 20 {
 		t.Fatalf("the disk is full after %d", n)
 	}
+
 	for i := range n {
 		if err := roomToDelete(d, key(i)); err != nil {
 			t.Fatalf("no room for Delete %d of %d: %v", i, n, err)
@@ -764,6 +801,7 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
@@ -778,6 +816,7 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 func TestFullDiskRemovesAnOnlyValue(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
+
 	value := strings.Repeat("v", 10*d.zerosAhead)
 	if err := d.Room("key", int64(3+len(value)), 0); err != nil {
 		t.Fatal(err)
@@ -795,6 +834,7 @@ func TestFullDiskRemovesAnOnlyValue(t *testing.T) {
 	if err := d.Room("key", int64(3+len(value)), 1); err != nil || !d.Remove("key", value) {
 		t.Errorf("no room to remove a key's only value: %v", err)
 	}
+
 	if err := d.Close(); err != nil {
 		t.Error(err)
 	}
@@ -832,6 +872,7 @@ func TestFullDiskKeepsRoomForDeletes(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		keys := slices.Sorted(maps.Keys(maps.Collect(d.All())))
 		if refused == 0 || len(keys) == 0 {
 			t.Fatalf("takes %v: %d were refused, and %d keys are left", takes, refused, len(keys))
@@ -846,6 +887,7 @@ func TestFullDiskKeepsRoomForDeletes(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
@@ -863,18 +905,23 @@ func TestFullDiskKeepsRoomOfACompaction(t *testing.T) {
 	dir.Room = 200_000
 	pairs := fillDisk(t, d, 1000, 1, 3)
 	snapshot := d.snapshot
+
 	for i, p := range pairs {
 		if err := roomToDelete(d, p[0]); err != nil {
 			t.Fatalf("no room for Delete %d of %d: %v", i, len(pairs), err)
 		}
+
+		// Another program takes what the compaction has given back.
 		if d.snapshot > snapshot {
 			dir.Room, snapshot = sizeOf(dir), d.snapshot
 		}
+
 		d.Delete(p[0])
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 	}
+
 	if snapshot == 0 {
 		t.Error("nothing was compacted")
 	}
@@ -889,12 +936,14 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir.Room = 200_000
 	pairs := fillDisk(t, d, 2000, 9, 1000)
 
+	// The frame that says that another file follows is written by then, so there is no way back.
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "truncate" && strings.HasPrefix(c.Name, "seg-") {
 			return storetest.ErrDisk
 		}
 		return nil
 	}
+
 	var err error
 	for i := 0; i < len(pairs) && err == nil; i++ {
 		key, value := pairs[i][0], pairs[i][1]
@@ -903,6 +952,7 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 		}
 		err = d.Commit()
 	}
+
 	if !errors.Is(err, storetest.ErrDisk) {
 		t.Errorf("Commit returns %v, want %v", err, storetest.ErrDisk)
 	}
@@ -931,11 +981,13 @@ func TestSpareCannotBeOpened(t *testing.T) {
 		}
 		return nil
 	}
+
 	log := &strings.Builder{}
 	d, err := openSmall(image, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	wantTold := func(times int) {
 		t.Helper()
 		d.changed()
@@ -943,14 +995,18 @@ func TestSpareCannotBeOpened(t *testing.T) {
 			t.Errorf("the log tells of SPARE %d times, want %d:\n%s", told, times, log)
 		}
 	}
+
 	wantTold(1)
 	was := refused
 	refused = -1 // SPARE can be opened
 	wantTold(1)
+
+	// It is lost once more after it could be opened, so this is logged again.
 	refused = was
 	d.spare.f.Close()
 	d.spare = logWriter{}
 	wantTold(2)
+
 	for i := range keys {
 		if roomToDelete(d, fmt.Sprint("key", i)) == nil {
 			d.Delete(fmt.Sprint("key", i))
@@ -959,6 +1015,7 @@ func TestSpareCannotBeOpened(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	wantTold(2)
 	if err := d.Close(); err != nil {
 		t.Errorf("Close: %v", err)
@@ -979,6 +1036,7 @@ func TestSpareIsCut(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			const keys = 100
 			for i := range keys {
 				if err := d.Room("", 510, 0); err != nil {
@@ -986,6 +1044,7 @@ func TestSpareIsCut(t *testing.T) {
 				}
 				write(i)
 			}
+
 			if what == "removed" {
 				if err := dir.Remove(spareName); err != nil {
 					t.Fatal(err)
@@ -1009,6 +1068,7 @@ func TestSpareIsCut(t *testing.T) {
 			for _, stamp := range stamps {
 				dir.Room += int(stamp.Size)
 			}
+
 			for i := range keys {
 				if err := roomToDelete(d, key(i)); err != nil {
 					t.Fatalf("SPARE was %s: no room for Delete %d of %d: %v", what, i, keys, err)
@@ -1053,6 +1113,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	d.compactAfter = time.Now().Add(time.Hour) // otherwise the log may be compacted into SPARE
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "create" {
@@ -1060,6 +1121,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 		}
 		return nil
 	}
+
 	number := d.number()
 	for i := range n {
 		if err := roomToDelete(d, fmt.Sprint("key", i)); err != nil {
@@ -1070,6 +1132,7 @@ func TestFullDiskMakesNoFile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	if d.number() != number || d.size < d.segmentSize {
 		t.Errorf("it goes on in file %d of %d bytes, and was in file %d", d.number(), d.size, number)
 	}
@@ -1087,6 +1150,7 @@ func TestKilledThenThePowerFails(t *testing.T) {
 			h   storetest.History
 		}
 		var images []image
+
 		dir, d := newSmall(t, Options{})
 		h := storetest.NewHistory()
 		dir.Before = func(c storetest.Call) error {
@@ -1097,11 +1161,13 @@ func TestKilledThenThePowerFails(t *testing.T) {
 			}
 			return nil
 		}
+
 		if err := storetest.Script(t, d, h); err != nil {
 			t.Fatal(err)
 		}
 		dir.Before = nil
 		d.Close()
+
 		for n, i := range images {
 			var after []*storetest.Dir
 			i.dir.Before = func(storetest.Call) error {
@@ -1110,11 +1176,13 @@ func TestKilledThenThePowerFails(t *testing.T) {
 				}
 				return nil
 			}
+
 			d, err := openSmall(i.dir, Options{})
 			if err != nil {
 				t.Fatalf("killed before Sync %d of the directory: %v", n, err)
 			}
 			d.Close()
+
 			for m, dir := range after {
 				checkKept(t, &i.h, dir, fmt.Sprintf("killed before Sync %d of the directory, and the "+
 					"power failed before call %d of the next start", n, m/10))
@@ -1135,6 +1203,7 @@ func TestFirstStartThatFailed(t *testing.T) {
 			d.Close()
 			continue
 		}
+
 		for stop := 1; stop < 60; stop = storetest.Next(stop, 2) {
 			for seed := range uint64(3) {
 				second := dir.Kill()
@@ -1146,12 +1215,14 @@ func TestFirstStartThatFailed(t *testing.T) {
 					}
 					return nil
 				}
+
 				d, err := openStill(second, Options{})
 				if err != nil {
 					t.Fatalf("fail %d: second: %v", fail, err)
 				}
 				second.Before = nil
 				d.stopTimer()
+
 				for _, image := range images {
 					third, err := openStill(image, Options{})
 					if err != nil {

@@ -24,17 +24,21 @@ import (
 func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.Names[name].Data
+
 	stale := storetest.New() // another store's frames
 	if d, err := openStill(stale, Options{Fsync: FsyncNever}); err == nil {
 		d.zerosAhead = 0
 		d.Put("stale", "stale")
 		d.Commit()
 	}
+
 	var ends []int // of the frames, without padding
 	for _, start := range starts[:len(starts)-1] {
 		ends = append(ends, start+frameSize+int(binary.LittleEndian.Uint32(whole[start+4:])))
 	}
+
 	for cut := headerSize; cut <= len(whole); cut = storetest.Next(cut, 4) {
+		// What follows the cut: zeros, rubbish, and whole frames with another store's seed.
 		behind := [][]byte{make([]byte, 1000), bytes.Repeat([]byte("\xff"), 100),
 			stale.Names[name].Data[headerSize:]}
 		for _, garbage := range [][]byte{nil, behind[cut%len(behind)]} {
@@ -43,6 +47,7 @@ func TestTornEnd(t *testing.T) {
 				bytes.HasPrefix(data, whole[:ends[frames]]) {
 				frames++ // whatever the bytes of the padding are
 			}
+
 			var log bytes.Buffer
 			torn := dir.With(name, data)
 			d, err := openStill(torn,
@@ -58,6 +63,7 @@ func TestTornEnd(t *testing.T) {
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
 			}
+
 			d.zerosAhead = 500
 			d.Put("key", "more")
 			if err := d.Close(); err != nil {
@@ -102,6 +108,7 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 			t.Fatalf("size %d, want %d", d.current.size, end)
 		}
 	}
+
 	dir := storetest.New()
 	d := open(dir)
 	if afterStop {
@@ -140,11 +147,14 @@ func tornEndStaysCut(t *testing.T, afterStop, startFails bool) {
 	if len(d.Get("c")) != 0 {
 		t.Fatal("c was not cut")
 	}
+
+	// The new b ends where the torn one did, so the old frame of c would fit behind it.
 	put(d, "b", "new", 1024)
 	d.Get("c") // a client is told that there is none
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	d = open(image.Crash(rand.New(rand.NewPCG(1, 1))))
 	if c := d.Get("c"); len(c) != 0 {
 		t.Errorf("behind a clean stop: %v, a start fails: %v: a commit that was cut, and answered "+
@@ -161,17 +171,20 @@ func TestTornEndOnAFullDisk(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		var starts []int64
 		for range 4 {
 			starts = append(starts, d.current.size)
 			d.Put("key", "value")
 			d.Commit()
 		}
+
 		full := dir.With("seg-1.log", dir.Names["seg-1.log"].Data[:d.size])
 		full.Names["seg-1.log"].Data[starts[hole]+frameSize]++
 		for _, f := range full.Names {
 			full.Room += len(f.Data)
 		}
+
 		d, err = openStill(full, Options{})
 		if err != nil || len(d.Get("key")) != hole {
 			t.Fatalf("frame %d is torn on a full disk: %v", hole, err)
@@ -185,11 +198,13 @@ func TestFlippedBits(t *testing.T) {
 	dir, name, starts := segment(t, 8)
 	whole := dir.Names[name].Data
 	last := starts[len(starts)-2]
+
 	for bit := 0; bit < 8*len(whole); bit = storetest.Next(bit, 5) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(name, data)
 		d, err := openStill(bad, Options{})
+
 		if bit/8 >= last {
 			if padding := err == nil && len(d.Get("key")) == 8; err != nil ||
 				len(d.Get("key")) != 7 && !padding {
@@ -197,9 +212,11 @@ func TestFlippedBits(t *testing.T) {
 			}
 			continue
 		}
+
 		if err == nil && len(d.Get("key")) == 8 {
 			continue // in the padding: nobody reads it
 		}
+
 		var damage *storage.DamageError
 		if !errors.As(err, &damage) && !errors.Is(err, ErrNewer) && !errors.Is(err, ErrOlder) {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
@@ -208,6 +225,7 @@ func TestFlippedBits(t *testing.T) {
 			(damage.Offset > int64(bit/8) || damage.File != "dir/"+name || damage.Frame == 0) {
 			t.Fatalf("bit %d of byte %d: the error names another place: %v", bit%8, bit/8, err)
 		}
+
 		if !bytes.Equal(bad.Names[name].Data, data) || len(bad.Names) != len(dir.Names) {
 			t.Fatalf("bit %d of byte %d: refused, but something was changed", bit%8, bit/8)
 		}
@@ -219,15 +237,19 @@ func TestFlippedBits(t *testing.T) {
 func TestFlippedStore(t *testing.T) {
 	dir, _, _ := segment(t, 3)
 	whole := dir.Names[storage.StoreName].Data
+
 	for bit := 0; bit < 8*len(whole); bit = storetest.Next(bit, 5) {
 		data := slices.Clone(whole)
 		data[bit/8] ^= 1 << (bit % 8)
 		bad := dir.With(storage.StoreName, data)
+
 		var damage *storage.DamageError
 		if _, err := openStill(bad, Options{}); !errors.As(err, &damage) ||
 			damage.File != "dir/STORE" {
 			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
 		}
+
+		// A repair takes longer than a start, so it is tried for one bit in 50.
 		if bit%50 > 0 {
 			continue
 		}
@@ -253,6 +275,7 @@ func TestLostStore(t *testing.T) {
 		if !errors.As(err, &damage) || damage.File != "dir/STORE" {
 			t.Errorf("%d bytes: Open: %v", len(dir.Names[name].Data), err)
 		}
+
 		out, r, err := repaired(t, dir)
 		if err != nil || r.Lost {
 			t.Fatalf("repair says %v, %v", r, err)
@@ -305,6 +328,7 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 			d.Close()
 			whole := image.Names["seg-3.log"].Data
 			records := bytes.TrimRight(whole[:len(whole)-frameSize], "\x00") // without padding
+
 			for n := 1; n <= 700; n = storetest.Next(n, 5) {
 				data := spoil(slices.Clone(whole), n)
 				bad := image.With("seg-3.log", data)
@@ -312,9 +336,11 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+
 				again, err := openSmall(bad, Options{Fsync: FsyncNever})
 				isDamage := errors.As(err, new(*storage.DamageError))
 				isLossless := bytes.HasPrefix(data, records)
+
 				switch {
 				case err == nil && isLossless:
 					got := maps.Collect(again.All())
@@ -324,6 +350,7 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 				case !isDamage:
 					t.Errorf("%s, %d bytes: Open: %v", what, n, err)
 				}
+
 				if r.Damaged != isDamage {
 					t.Errorf("%s, %d bytes: Open: %v, and Check says %v", what, n, err, r.Lines)
 				}
@@ -335,6 +362,8 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 // Ensure that a missing descriptor is not called damage.
 func TestNoDescriptorIsNoDamage(t *testing.T) {
 	dir, d := newSmall(t, Options{})
+
+	// Old files stay beside the snapshots, as after a kill in a compaction.
 	refuse := true
 	dir.Before = func(c storetest.Call) error {
 		if refuse && c.What == "remove" {
@@ -342,6 +371,7 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		}
 		return nil
 	}
+
 	for i := 0; d.number() < 8; i++ {
 		d.Put("key", "value")
 		d.Delete("key")
@@ -350,6 +380,7 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		}
 		d.AwaitCompaction()
 	}
+
 	d.stopTimer()
 	refuse = false
 	for n := 1; n < 100; n++ {
@@ -359,6 +390,7 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		if r.Damaged {
 			t.Errorf("call %d: %v %v", n, r.Lines, err)
 		}
+
 		image = dir.Kill()
 		image.FailAt, image.Failure = n, syscall.EMFILE
 		_, err = openSmall(image, Options{})
@@ -377,6 +409,8 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		d.Commit()
 	}
 	older := dir.Crash(rand.New(rand.NewPCG(1, 1)))
+
+	// From here on, compactions replace the files that the copy has.
 	d.minCompact = 100
 	for i := range 300 {
 		d.Put("key", fmt.Sprint(i))
@@ -385,10 +419,12 @@ func TestOlderCopyOverNewer(t *testing.T) {
 		d.AwaitCompaction()
 	}
 	d.Close()
+
 	both := dir.With(storage.LockName, nil)
 	for name, f := range older.Names {
 		both.Names[name] = f
 	}
+
 	var damage *storage.DamageError
 	if _, err := openStill(both, Options{}); !errors.As(err, &damage) ||
 		!strings.Contains(err.Error(), "an older copy was put over a newer store") {
@@ -408,23 +444,28 @@ func TestRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	storetest.Script(t, d, storetest.NewHistory())
+
 	d.minCompact = 1 << 30 // from here on keep several full files
 	for i := range 300 {
 		d.Put("key", fmt.Sprint(i))
 		d.Commit()
 	}
 	d.Close()
+
 	var log bytes.Buffer
 	if d, err = openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log,
 		&slog.HandlerOptions{Level: slog.LevelWarn}))}); err != nil || log.Len() > 0 {
 		t.Fatalf("after a clean stop: %v, %s", err, log.String())
 	}
+
 	d.minCompact = 1 << 30
 	d.Put("one", "more")
 	d.Close()
+
 	l, _ := readLayout(dir)
 	first, last := logName(kindSegment, l.snapshot+1), logName(kindSegment, l.last)
 	snapshot := logName(kindSnapshot, l.snapshot)
+
 	change := func(name string, f func(b []byte) []byte) *storetest.Dir {
 		return dir.With(name, f(slices.Clone(dir.Names[name].Data)))
 	}
@@ -436,6 +477,7 @@ func TestRefusals(t *testing.T) {
 	cut := func(n int) func(b []byte) []byte {
 		return func(b []byte) []byte { return b[:len(b)-n] }
 	}
+
 	newer := func(b []byte) []byte {
 		b[8]++
 		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
@@ -446,29 +488,35 @@ func TestRefusals(t *testing.T) {
 		binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 		return b
 	}
+
 	seed := func(name string) uint32 {
 		h, _ := decodeHeader(dir.Names[name].Data)
 		return h.seed()
 	}
+
 	// The closed segment without its last frame, and the snapshot with one more.
 	end, last1 := headerSize, 0
 	for b := dir.Names[first].Data; end < len(b); {
 		f, _ := decodeFrame(b[end:], seed(first))
 		last1, end = end, end+int(f.padded())
 	}
+
 	var frames uint64
 	for b, at := dir.Names[snapshot].Data, headerSize; at < len(b); frames++ {
 		f, _ := decodeFrame(b[at:], seed(snapshot))
 		at += int(f.padded())
 	}
+
 	again := func(b []byte) []byte {
 		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
 	}
+
 	whole, _, starts := segment(t, 5)
 	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
 		whole.Names["seg-1.log"].Data[starts[3]:])
 	other := storetest.New()
 	openStill(other, Options{})
+
 	for what, c := range map[string]struct {
 		dir  *storetest.Dir
 		want string
@@ -479,14 +527,17 @@ func TestRefusals(t *testing.T) {
 		"closed segment cut": {change(first, cut(8)), first + " is damaged at offset"},
 		"closed segment with more": {change(first, func(b []byte) []byte { return append(b, "more"...) }),
 			first + " is damaged at offset"},
+
 		"snapshot cut": {change(snapshot, cut(frameSize)), "the snapshot has no proper end"},
 		"snapshot with more": {change(snapshot,
 			func(b []byte) []byte {
 				return append(b, b[headerSize:]...)
 			}), snapshot + " is damaged"},
+
 		"snapshot missing": {without(snapshot), "seg-1.log is damaged: the file is missing"},
 		"segment missing":  {without(first), first + " is damaged: the file is missing"},
 		"STORE missing":    {without(storage.StoreName), "STORE is damaged: the file is missing"},
+
 		"STORE cut": {change(storage.StoreName, cut(5)),
 			"STORE is damaged: not as it was written"},
 		"STORE with more": {change(storage.StoreName,
@@ -496,6 +547,7 @@ func TestRefusals(t *testing.T) {
 				", check")
 			return fmt.Appendf([]byte(line), storeCheck, crc(0, []byte(line)))
 		}), ErrNewer.Error()},
+
 		"older STORE": {change(storage.StoreName,
 			func([]byte) []byte {
 				return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n")
@@ -505,30 +557,35 @@ func TestRefusals(t *testing.T) {
 			func(b []byte) []byte {
 				return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1)
 			}), "STORE is damaged: not as it was written"},
+
 		"another store's STORE": {dir.With(storage.StoreName, other.Names[storage.StoreName].Data),
 			"STORE is damaged: it is another store's"},
 		"newest missing": {without(last), last + " is damaged: the file is missing"},
 		"frame missing": {whole.With("seg-1.log", gap),
 			fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing",
 				starts[2])},
+
 		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }),
 			"the frame that says that another file follows is missing"},
 		"closed segment's end": {change(first,
 			func(b []byte) []byte { clear(b[last1:]); return b }), first + " is damaged at offset"},
 		"snapshot ends twice": {change(snapshot, again), fmt.Sprintf("offset %d, frame %d: a frame "+
 			"follows the one that should be the last", len(dir.Names[snapshot].Data), frames+1)},
+
 		"newer segment":  {change(last, newer), ErrNewer.Error()},
 		"newer snapshot": {change(snapshot, newer), ErrNewer.Error()},
 		"a huge number": {dir.With(fmt.Sprintf("seg-%d.log", uint64(1<<62-1)), nil),
 			fmt.Sprintf("seg-%d.log is damaged: the file is missing", l.last+1)},
 		"a number too far": {dir.With("seg-9223372036854775808.log", nil),
 			storage.ErrNotOurs.Error()},
+
 		"empty segment": {change(last, func(b []byte) []byte { return nil }),
 			last + " is damaged: shorter than a header"},
 		"another store's file": {dir.With(last, other.Names["seg-1.log"].Data),
 			"the file belongs to another store"},
 		"renamed file": {dir.With(last, dir.Names[snapshot].Data),
 			"the file is another one, renamed"},
+
 		"all logs gone": {func() *storetest.Dir {
 			c := without(last)
 			for n := range c.Names {
@@ -538,6 +595,7 @@ func TestRefusals(t *testing.T) {
 			}
 			return c
 		}(), "the file is missing"},
+
 		"somebody else's folder": {dir.With("photo.jpg", nil), storage.ErrNotOurs.Error()},
 		"segment of zeros": {change(first, func(b []byte) []byte { clear(b); return b }),
 			first + " is damaged: not a log file"},
@@ -550,6 +608,7 @@ func TestRefusals(t *testing.T) {
 		if c.dir.Locked || !maps.Equal(before, c.dir.Names) {
 			t.Errorf("%s: something was changed or is still locked", what)
 		}
+
 		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, ErrNewer) ||
 			errors.Is(err, ErrOlder) {
 			_, checkErr := check(c.dir)
@@ -559,10 +618,12 @@ func TestRefusals(t *testing.T) {
 			}
 			continue
 		}
+
 		report, checkErr := check(c.dir)
 		if checkErr != nil || !report.Damaged {
 			t.Errorf("%s: check says %v, %v", what, report, checkErr)
 		}
+
 		out, report, err := repaired(t, c.dir)
 		if what == "all logs gone" {
 			if err == nil || !maps.Equal(before, c.dir.Names) {
@@ -573,10 +634,12 @@ func TestRefusals(t *testing.T) {
 		if err != nil || !report.Damaged {
 			t.Errorf("%s: repair says %v, %v", what, report, err)
 		}
+
 		if what == "closed segment's end" && !strings.Contains(fmt.Sprint(report),
 			"LOST    frames") {
 			t.Errorf("%s: repair says %v", what, report)
 		}
+
 		if d, err := openStill(out, Options{}); err != nil {
 			t.Errorf("%s: after repair: %v", what, err)
 		} else {
@@ -600,6 +663,7 @@ func FuzzRecovery(f *testing.F) {
 	f.Add(good[:headerSize])
 	f.Add(append(slices.Clone(good), good[headerSize:]...))
 	f.Add([]byte{})
+
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := base.With(name, data)
 		d, err := openStill(c, Options{})
@@ -613,6 +677,7 @@ func FuzzRecovery(f *testing.F) {
 			}
 			return
 		}
+
 		if r, err := check(c); err == nil && !r.Damaged {
 			t.Fatal("refused by Open, good to Check")
 		}
@@ -664,12 +729,14 @@ func TestHeaderThatCannotBeRead(t *testing.T) {
 	d.Put("a", "b")
 	d.Commit()
 	d.stopTimer()
+
 	// As after a broken-off rotation: the next file is there, without frames.
 	next := fileHeader{kind: kindSegment, id: d.current.header.id, number: d.number() + 1,
 		first: d.sequence + 2}
 	if _, err := createLog(dir, next, nil); err != nil {
 		t.Fatal(err)
 	}
+
 	_, err := openStill(eioDir{dir.Kill(), next.name()}, Options{})
 	var damage *storage.DamageError
 	if err == nil || errors.As(err, &damage) {

@@ -23,8 +23,10 @@ func repaired(t *testing.T, dir *storetest.Dir) (out *storetest.Dir, r Report, e
 	for name, f := range dir.Names {
 		before[name] = slices.Clone(f.Data)
 	}
+
 	out = storetest.New()
 	r, err = Repair(dir, out)
+
 	for name, f := range dir.Names {
 		if was, ok := before[name]; !ok || !bytes.Equal(was, f.Data) {
 			t.Errorf("repair has changed %s", name)
@@ -43,10 +45,12 @@ func TestRepair(t *testing.T) {
 	data := slices.Clone(dir.Names[name].Data)
 	data[starts[3]+frameSize+2] ^= 1                          // the fourth frame's records
 	bad := dir.With(name, append(data, make([]byte, 500)...)) // room is no loss
+
 	out, report, err := repaired(t, bad)
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	text := strings.Join(report.Lines, "\n")
 	for _, want := range []string{
 		fmt.Sprintf("DAMAGED bytes %d to %d of dir/seg-1.log", starts[3], starts[4]),
@@ -61,6 +65,7 @@ func TestRepair(t *testing.T) {
 	if strings.Count(text, "LOST") != 1 {
 		t.Errorf("repair tells of other losses:\n%s", text)
 	}
+
 	d, err := openStill(out, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -70,6 +75,7 @@ func TestRepair(t *testing.T) {
 		t.Errorf("after repair %q, want %q", got, want)
 	}
 	d.Close()
+
 	again, report, err := repaired(t, out)
 	if err != nil || report.Damaged || report.Lost {
 		t.Errorf("repair of a good store: %v, %v", report, err)
@@ -110,12 +116,15 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	var old map[string]*storetest.File
 	h := storetest.NewHistory()
 	random := rand.New(rand.NewPCG(7, 7))
+
 	for snapshots := 0; snapshots < 3; {
 		number := d.number()
 		for range random.IntN(8) {
 			storetest.RandomStep(t, random, d, h.Done)
 		}
 		d.Commit()
+
+		// old has the snapshot before this one, and the files since.
 		if d.number() > number && d.number()%3 == 0 {
 			old = dir.With(storage.LockName, nil).Names
 			if err := d.compactNow(); err != nil {
@@ -126,6 +135,7 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	}
 	h.Told = h.Done.Clone()
 	d.Close()
+
 	l, _ := readLayout(dir)
 	bad := dir.With(storage.LockName, nil)
 	for name, f := range old { // as a crash leaves them behind a compaction
@@ -135,11 +145,13 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	}
 	newest := logName(kindSnapshot, l.snapshot)
 	bad.Names[newest] = storetest.FileOf(bad.Names[newest].Data[:headerSize+30])
+
 	out, r, err := repaired(t, bad)
 	if err != nil || !r.Damaged || r.Lost {
 		t.Errorf("repair says %v, %v", r, err)
 	}
 	checkKept(t, h, out, "repaired with the older snapshot")
+
 	bad = dir.With(newest, dir.Names[newest].Data[:headerSize+30])
 	if _, r, err := repaired(t, bad); err == nil && !r.Lost {
 		t.Errorf("without the older snapshot repair says %v", r)
@@ -156,11 +168,14 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 		}
 		return nil
 	}
+
 	d.minCompact = 1 << 40
 	for i := 0; d.number() < 4 || d.number() < 8 && d.compacted == nil; i++ {
 		if d.number() == 3 {
 			d.minCompact = 2000
 		}
+
+		// These are written once, so later files do not bring them back.
 		if i >= 8 && i < 12 {
 			d.Put("only"+fmt.Sprint(i), "value")
 		}
@@ -169,11 +184,13 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	d.AwaitCompaction() // the snapshot is there, the old files could not be removed
 	want := map[string]string{}
 	for k, v := range d.All() {
 		want[k] = v[0]
 	}
+
 	d.stopTimer()
 	refuse = false
 	dir.Before = nil
@@ -181,11 +198,14 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	if l.snapshot == 0 || len(l.obsolete) == 0 {
 		t.Fatalf("%+v", l)
 	}
+
 	data := slices.Clone(dir.Names["seg-1.log"].Data)
 	for i := 900; i < len(data); i++ {
 		data[i] = 'x' // a bad block in a file that nobody needs
 	}
 	snap := logName(kindSnapshot, l.snapshot)
+
+	// Open number nth of the snapshot fails; for 0 none does.
 	for nth := 0; nth < 6; nth++ {
 		image := dir.With("seg-1.log", data)
 		n := 0
@@ -197,6 +217,7 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 			}
 			return nil
 		}
+
 		out, r, err := repaired(t, image)
 		if err != nil {
 			continue // that is honest
@@ -205,6 +226,7 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		lost := 0
 		for k, v := range want {
 			if got := after.Get(k); len(got) != 1 || got[0] != v {
@@ -229,6 +251,7 @@ func TestRepairOfNothingLost(t *testing.T) {
 		keys, _, _ := d.Size()
 		name := logName(kindSegment, d.number())
 		d.stopTimer()
+
 		image := dir.With(storage.StoreName, []byte("rubbish"))
 		if zeros { // a rotation that was killed before its trim
 			prev := logName(kindSegment, d.number()-1)
@@ -238,6 +261,7 @@ func TestRepairOfNothingLost(t *testing.T) {
 			image = image.With(name, image.Names[name].Data[:headerSize])
 			keys-- // its only frame is what we cut off
 		}
+
 		out, r, err := repaired(t, image)
 		if err != nil {
 			t.Fatal(err)
@@ -246,6 +270,7 @@ func TestRepairOfNothingLost(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		got, _, _ := after.Size()
 		if got < keys || r.Lost {
 			t.Errorf("zeros %v: %d of %d keys, and Repair says\n%s", zeros, got, keys,
@@ -264,6 +289,7 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 	d.Close()
 	bad := dir.With(storage.StoreName, []byte("rubbish"))
+
 	for n, reached := 1, true; reached; n++ {
 		out := storetest.New()
 		out.FailAt, out.Forever = n, true
@@ -271,12 +297,14 @@ func TestRepairIsKilled(t *testing.T) {
 		if reached = out.Calls >= n; reached && err == nil {
 			t.Errorf("call %d fails, and Repair says nothing", n)
 		}
+
 		out.FailAt, out.Locked = 0, false
 		out = out.Crash(rand.New(rand.NewPCG(uint64(n), 1)))
 		a, err := openStill(out.Kill(), Options{})
 		if err == nil && out.Names[storage.StoreName] != nil && !h.Told.Equal(a) {
 			t.Errorf("killed at call %d: it opens with other data", n)
 		}
+
 		if out.Names[storage.StoreName] == nil && err == nil && len(out.Names) > 0 {
 			for name, f := range out.Names {
 				if len(f.Data) > headerSize {
@@ -297,6 +325,7 @@ func TestFailedRepairClosesItsFiles(t *testing.T) {
 	}
 	dir = dir.Kill()
 	d.Close()
+
 	for n, reached := 1, true; reached; n++ {
 		image := dir.With(storage.LockName, nil)
 		image.FailAt = n
@@ -318,6 +347,7 @@ func TestRepairNamesEveryGap(t *testing.T) {
 		}
 		return f, b
 	}
+
 	for what, spoil := range map[string]func(image *storetest.Dir, id storeID){
 		"the newest segment is all zeros": func(image *storetest.Dir, _ storeID) {
 			clear(image.Names["seg-4.log"].Data)
@@ -325,6 +355,7 @@ func TestRepairNamesEveryGap(t *testing.T) {
 		"a header is missing, and what follows it": func(image *storetest.Dir, _ storeID) {
 			image.Names["seg-2.log"].Data = nil
 		},
+
 		"a frame is cut out": func(image *storetest.Dir, id storeID) {
 			f, b := first(image, id, "seg-2.log", 2)
 			image.Names["seg-2.log"].Data = slices.Delete(b, headerSize, headerSize+int(f.padded()))
@@ -335,18 +366,21 @@ func TestRepairNamesEveryGap(t *testing.T) {
 			copy(b[headerSize+size:], b[headerSize:headerSize+size])
 			image.Names["seg-2.log"].Data = b
 		},
+
 		"the newest segment is missing": func(image *storetest.Dir, _ storeID) {
 			delete(image.Names, "seg-4.log")
 		},
 		"a segment is missing": func(image *storetest.Dir, _ storeID) {
 			delete(image.Names, "seg-3.log")
 		},
+
 		"the only segment behind a snapshot is all zeros": func(image *storetest.Dir, _ storeID) {
 			d, err := openSmall(image, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			d.Set("key", "v")
+
 			for number := d.number(); d.number() == number; d.AwaitCompaction() {
 				d.Set("more", strings.Repeat("v", 200))
 				if err := d.Commit(); err != nil {
@@ -356,10 +390,12 @@ func TestRepairNamesEveryGap(t *testing.T) {
 			if err := d.compactNow(); err != nil {
 				t.Fatal(err)
 			}
+
 			name := d.current.header.name()
 			d.Close()
 			clear(image.Names[name].Data)
 		},
+
 		"the newest segment has no frames, and begins too late": func(image *storetest.Dir, id storeID) {
 			h := fileHeader{kind: kindSegment, id: id, number: 4}
 			f, _ := first(image, id, "seg-4.log", 4)
@@ -388,12 +424,14 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Close()
+
 	name := logName(kindSnapshot, d.snapshot)
 	f, ok := decodeFrame(dir.Names[name].Data[headerSize:],
 		fileHeader{kind: kindSnapshot, id: d.current.header.id, number: d.snapshot}.seed())
 	if !ok || int(f.padded()) > len(dir.Names[name].Data)/2 {
 		t.Fatalf("the snapshot has no second frame: %+v", f)
 	}
+
 	cut := dir.With(name, dir.Names[name].Data[:headerSize+f.padded()])
 	if _, r, err := repaired(t, cut); err != nil || !r.Lost {
 		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
@@ -411,18 +449,22 @@ func TestRepairOfWrongNames(t *testing.T) {
 		"a stray empty snapshot": func(image *storetest.Dir, _ storeID) {
 			image.Names["snap-99.log"] = storetest.FileOf(nil)
 		},
+
 		"two frames swapped": func(image *storetest.Dir, id storeID) {
 			b := image.Names["seg-2.log"].Data
 			seed := fileHeader{kind: kindSegment, id: id, number: 2}.seed()
 			f, _ := decodeFrame(b[headerSize:], seed)
 			size := int(f.padded())
+
 			if g, ok := decodeFrame(b[headerSize+size:], seed); !ok || g.padded() != f.padded() {
 				t.Fatal("frames of different sizes")
 			}
+
 			one := slices.Clone(b[headerSize : headerSize+size])
 			copy(b[headerSize:], b[headerSize+size:headerSize+2*size])
 			copy(b[headerSize+size:], one)
 		},
+
 		"a segment is there twice": func(image *storetest.Dir, _ storeID) {
 			image.Names["seg-9.log"] = image.Names["seg-2.log"]
 		},
@@ -432,11 +474,13 @@ func TestRepairOfWrongNames(t *testing.T) {
 		d.Close()
 		image := dir.With(storage.LockName, nil)
 		spoil(image, d.current.header.id)
+
 		out, r, err := repaired(t, image)
 		if err != nil || r.Lost || !r.Damaged {
 			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
 			continue
 		}
+
 		after, err := openSmall(out, Options{})
 		if err != nil || !maps.EqualFunc(maps.Collect(after.All()), want, slices.Equal[[]string]) {
 			t.Errorf("%s: after repair: %v", what, err)
@@ -456,6 +500,7 @@ func TestRepairOfASnapshotWithoutAHeader(t *testing.T) {
 		d.Put("after", "all")
 		want := maps.Collect(d.All())
 		d.Close()
+
 		image := dir.With(storage.LockName, nil)
 		image.Names["snap-3.log"].Data[40] ^= 1 // in its header
 		if leftover {
@@ -504,6 +549,8 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 			if err := d.compactNow(); err != nil {
 				t.Fatal(err)
 			}
+
+			// Two files follow the snapshot, and the second one has a few commits.
 			for i, more := 0, 5; more > 0; i++ {
 				if d.number() == 5 {
 					more--
@@ -513,6 +560,7 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			want := maps.Collect(d.All())
 			for _, number := range c.gone {
 				maps.DeleteFunc(want, func(key string, _ []string) bool {
@@ -527,6 +575,7 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 				image.Names["seg-3.log"] = storetest.FileOf(old)
 			}
 			c.spoil(image)
+
 			out, r, err := repaired(t, image)
 			text := strings.Join(r.Lines, "\n")
 			if err != nil || r.Lost != (c.lost != "") || !strings.Contains(text, c.lost) ||
@@ -563,6 +612,7 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 		}
 		return nil
 	}
+
 	for i := 0; d.snapshot == 0; i++ {
 		d.Set(fmt.Sprint("key", i%30), strings.Repeat("v", 100))
 		if err := d.Commit(); err != nil {
@@ -570,11 +620,13 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 		}
 		d.AwaitCompaction()
 	}
+
 	name := logName(kindSnapshot, d.snapshot)
 	want := maps.Collect(d.All())
 	image := dir.Kill()
 	dir.Before = nil
 	d.Close()
+
 	for what, spoil := range map[string]func(b []byte) []byte{
 		"without its end":  func(b []byte) []byte { return b[:len(b)-frameSize] },
 		"with a bad frame": func(b []byte) []byte { b[headerSize+frameSize] ^= 1; return b },
@@ -595,16 +647,19 @@ func TestRepairOfHalfAStore(t *testing.T) {
 	d.Close()
 	otherDir, other := fourSegments(t, Options{})
 	other.Close()
+
 	image := dir.With(storage.LockName, nil)
 	for _, name := range []string{"seg-1.log", "seg-2.log"} {
 		image.Names[name] = otherDir.Names[name]
 	}
+
 	_, r, err := repaired(t, image)
 	if text := strings.Join(r.Lines, "\n"); err != nil || !r.Lost ||
 		!strings.Contains(text, "ignored dir/seg-1.log: it belongs to another store") ||
 		!strings.Contains(text, "frames of dir/seg-4.log") {
 		t.Errorf("%v, and repair says\n%s", err, text)
 	}
+
 	delete(image.Names, storage.StoreName)
 	if _, r, err := repaired(t, image); err != nil || !r.Lost {
 		t.Errorf("without STORE: %v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
@@ -640,6 +695,7 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 		if err != nil {
 			t.Fatalf("run %d: %v", run, err)
 		}
+
 		for i := range 3 {
 			key := fmt.Sprintf("key%d-%d", run, i)
 			d.Put(key, "value")
@@ -648,6 +704,7 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		d.stopTimer()
 		for seed := range uint64(10) {
 			dir = dir.Crash(rand.New(rand.NewPCG(seed, 1)))
@@ -706,6 +763,7 @@ func TestRepairOfManyBadPlaces(t *testing.T) {
 		if _, storeErr := writeID(dir, id); err != nil || storeErr != nil {
 			t.Fatal(err, storeErr)
 		}
+
 		data := dir.Names["seg-1.log"].Data
 		for i := range places {
 			data[headerSize+len(data)/places*i+100] ^= 1
@@ -721,6 +779,7 @@ func TestRepairOfManyBadPlaces(t *testing.T) {
 			t.Errorf("of %d bytes with %d bad places it read %d, more than %d", len(data), places,
 				reading.bytes, most)
 		}
+
 		d, err := openSmall(out, Options{})
 		if err != nil || keysOf(d) != frames-places {
 			t.Fatalf("%d keys, want %d; %v", keysOf(d), frames-places, err)
