@@ -26,6 +26,7 @@ func TestStrangeFile(t *testing.T) {
 			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			d.Put("k", "v")
 			d.Commit()
+
 			f, _ := dir.Create(name)
 			f.Close()
 			for range 10 {
@@ -35,6 +36,7 @@ func TestStrangeFile(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			if n := strings.Count(log.String(), "level=ERROR"); n != 1 || d.number() > 2 ||
 				!strings.Contains(log.String(), name) {
 				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number(), log)
@@ -45,9 +47,11 @@ func TestStrangeFile(t *testing.T) {
 			if dir.Names[name] == nil {
 				t.Errorf("%s was removed", name)
 			}
+
 			if _, err := openSmall(dir.Kill(), Options{}); err == nil {
 				t.Errorf("%s is in no start's way", name)
 			}
+
 			dir.Remove(name)
 			again, err := openSmall(dir, Options{})
 			if err != nil || len(again.Get("k")) != 11 {
@@ -75,11 +79,13 @@ func TestLeftoverIsRemoved(t *testing.T) {
 			d.AwaitCompaction()
 		}
 
+		// The file and its name are on disk, so only a Sync of the store takes them away for good.
 		f, _ := dir.Create("seg-1.log")
 		f.WriteAt(older, 0)
 		f.Sync()
 		f.Close()
 		dir.Sync()
+
 		<-time.After(lookTime)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
@@ -103,8 +109,10 @@ func TestHealBesideWhatStays(t *testing.T) {
 		}
 		d.Put("k", "v")
 		d.Commit()
+
 		os.WriteFile(filepath.Join(path, "photo.jpg"), nil, 0o600)
 		os.Remove(filepath.Join(path, "seg-1.log"))
+		// A directory that is not empty cannot be removed.
 		os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
 		for range 5 {
 			d.lookAfter = time.Time{}
@@ -112,6 +120,7 @@ func TestHealBesideWhatStays(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: Close: %v", name, err)
 		}
@@ -139,12 +148,14 @@ func TestFailedRotationLeavesNoStranger(t *testing.T) {
 			}
 			return nil
 		}
+
 		for d.size < d.segmentSize {
 			d.Put("key", strings.Repeat("v", 50))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
+
 		<-time.After(2 * lookTime)
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Error(err)

@@ -191,6 +191,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 			d.Update("counter", "x", "y")
 			d.Delete(fmt.Sprint("key", i%100))
 			d.Put(fmt.Sprint("key", i%100), fmt.Sprint(i))
+			// The counter gets one more value each time, so it begins anew now and then.
 			if i%50 == 0 {
 				d.Delete("counter")
 				d.Put("counter", fmt.Sprint(i))
@@ -810,12 +811,14 @@ func TestBackupBesideARotation(t *testing.T) {
 			hasName, mayGoOn := make(chan struct{}), make(chan struct{})
 			var waits atomic.Bool
 			var opens atomic.Int32
+
 			dir.Before = func(c storetest.Call) error {
 				dir.Mu.Lock()
 				_, isThere := dir.Names["seg-2.log"]
 				dir.Mu.Unlock()
 				isSync := c == storetest.Call{What: "sync"}
 				isOpen := c.What == "open" && strings.HasPrefix(c.Name, "seg-")
+
 				if isThere && isSync && waits.CompareAndSwap(false, true) {
 					close(hasName)
 					<-mayGoOn

@@ -29,6 +29,7 @@ func TestCompactionMayFail(t *testing.T) {
 	if _, err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
+
 	c := d.newCompaction()
 	stop := make(chan struct{})
 	close(stop)
@@ -36,6 +37,7 @@ func TestCompactionMayFail(t *testing.T) {
 	if c.run(); c.err != errStopped {
 		t.Errorf("stopped, a compaction ends with %v", c.err)
 	}
+
 	c.stop = nil
 	for n, failed := 1, true; failed; n++ {
 		failing := dir.With(storage.LockName, nil)
@@ -44,6 +46,7 @@ func TestCompactionMayFail(t *testing.T) {
 		c.run()
 		failed = failing.Calls >= n
 		failing.FailAt = 0
+
 		if failed && !errors.Is(c.err, storetest.ErrDisk) && c.err != nil {
 			t.Fatalf("call %d: %v", n, c.err)
 		}
@@ -54,6 +57,7 @@ func TestCompactionMayFail(t *testing.T) {
 		}
 		checkKept(t, h, failing, fmt.Sprint("compaction whose call failed: ", n))
 	}
+
 	var log bytes.Buffer
 	d.log = slog.New(slog.NewTextHandler(&log, nil))
 	d.noteCompaction(&compaction{err: storetest.ErrDisk})
@@ -75,10 +79,12 @@ func TestFailedCompactionWaits(t *testing.T) {
 			tries.Add(1)
 			return storetest.ErrDisk
 		}
+
 		d, err := openSmall(dir, Options{Fsync: FsyncNever})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		const minutes = 5
 		for range minutes * 60 {
 			for range 3 {
@@ -91,6 +97,7 @@ func TestFailedCompactionWaits(t *testing.T) {
 			}
 			<-time.After(time.Second)
 		}
+
 		if got := tries.Load(); got < minutes || got > minutes+1 {
 			t.Errorf("in %d minutes it was tried %d times", minutes, got)
 		}
@@ -111,6 +118,7 @@ func TestLiveBytes(t *testing.T) {
 					d.Expire(key, time.Now().UnixMilli()+1000)
 				}
 			}
+
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
@@ -138,6 +146,7 @@ func TestCompactionIsWorthIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.segmentSize, d.minCompact = 10_000, 10_000
+
 	runs := 0
 	for i := range 5000 {
 		d.Put(fmt.Sprint("key", i), strings.Repeat("v", 100))
@@ -150,6 +159,7 @@ func TestCompactionIsWorthIt(t *testing.T) {
 	if runs > 0 {
 		t.Errorf("%d compactions in %d files with nothing to leave out", runs, d.number())
 	}
+
 	for i := range 5000 {
 		d.Delete(fmt.Sprint("key", i))
 	}
@@ -166,6 +176,7 @@ func TestCompactionIsWorthIt(t *testing.T) {
 func TestCompactionOfALongKey(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	key := strings.Repeat("k", 3000)
+
 	for i := range 400 {
 		d.Put(key, fmt.Sprint(i%10))
 		if err := d.Commit(); err != nil {
@@ -177,6 +188,7 @@ func TestCompactionOfALongKey(t *testing.T) {
 			t.Fatalf("%d bytes on disk for %d of data, want at most %d", disk, d.liveBytes(), most)
 		}
 	}
+
 	want := d.Get(key)
 	d.Close()
 	again, err := openSmall(dir, Options{})
@@ -199,6 +211,7 @@ func TestSnapshotOfLongKeys(t *testing.T) {
 	if _, err := d.rotate(); err != nil {
 		t.Fatal(err)
 	}
+
 	c := d.newCompaction()
 	c.run()
 	if _, _, bytes := d.Size(); c.err != nil || c.bytes > bytes*5/4 {
@@ -224,8 +237,11 @@ func TestCompactionRemovesLater(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d.Put("kept", "value")
 		refuses.Store(true)
+
+		// The first compaction comes only in the tenth file, so it has many to remove.
 		least := d.minCompact
 		for d.minCompact = 1 << 40; d.compacted == nil; {
 			d.Put("key", "value")
@@ -238,11 +254,13 @@ func TestCompactionRemovesLater(t *testing.T) {
 			}
 		}
 		d.AwaitCompaction()
+
 		refuses.Store(false)
 		<-time.After(2 * lookTime)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		if l, err := readLayout(dir); err != nil || len(l.obsolete) > 0 || l.snapshot == 0 {
 			t.Errorf("there is still %q, %v", l.obsolete, err)
 		}
@@ -268,6 +286,7 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	churn := func() {
 		for number := d.number(); d.number() < number+5; {
 			d.Put("key", "value")
@@ -278,12 +297,14 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 		}
 		d.AwaitCompaction()
 	}
+
 	refuses.Store(true)
 	churn()
 	refuses.Store(false)
 	d.compactAfter = time.Time{}
 	churn()
 	churn()
+
 	l, err := readLayout(dir)
 	if err != nil || l.snapshot == 0 || len(l.obsolete) > 0 {
 		t.Errorf("beside snapshot %d these are left: %q, %v", l.snapshot, l.obsolete, err)
@@ -329,6 +350,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		for d.number() < 10 {
 			d.Put("key", "value")
 			d.Delete("key")
@@ -336,6 +358,7 @@ func TestNoFilesForNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		var number uint64
 		for round := range 10 {
 			<-time.After(compactTime)
@@ -347,6 +370,7 @@ func TestNoFilesForNothing(t *testing.T) {
 				number = d.number()
 			}
 		}
+
 		for range 5 {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
@@ -358,6 +382,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		if d.number() > number {
 			t.Errorf("file %d after file %d, and nothing was written", d.number(), number)
 		}
+
 		refuses.Store(false)
 		<-time.After(compactTime)
 		d.Commit()
@@ -381,10 +406,12 @@ func TestCompactionHeals(t *testing.T) {
 		d.Put("key", fmt.Sprint(i))
 		d.Commit()
 	}
+
 	dir.Names["seg-1.log"].Data[headerSize+10] ^= 1
 	if r, err := Check(dir); err != nil || !r.Damaged {
 		t.Fatalf("a rotten file: %v, %v", r, err)
 	}
+
 	d.minCompact = 0
 	d.Delete("key")
 	d.Put("key", "value")
@@ -394,6 +421,7 @@ func TestCompactionHeals(t *testing.T) {
 	}
 	d.AwaitCompaction()
 	d.Close()
+
 	if r, err := Check(dir); err != nil || r.Damaged {
 		t.Errorf("after a compaction: %v, %v", r, err)
 	}
@@ -413,6 +441,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		check := func(what string) {
 			t.Helper()
 			disk := int64(0)
@@ -425,6 +454,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 					d.liveBytes())
 			}
 		}
+
 		commit := func(what string) {
 			t.Helper()
 			if err := d.Commit(); err != nil {
@@ -433,6 +463,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 			d.AwaitCompaction()
 			check(what)
 		}
+
 		for i := range 500 {
 			d.Put(fmt.Sprint(i), strings.Repeat("v", 100))
 			commit("Puts")
@@ -441,11 +472,13 @@ func TestDiskUseIsBounded(t *testing.T) {
 			d.Delete(fmt.Sprint(i))
 			commit("Deletes")
 		}
+
 		huge := strings.Repeat("k", 1000)
 		for i := range 100 {
 			d.Put(huge, fmt.Sprint(i))
 			commit("a huge key")
 		}
+
 		d.Delete(huge)
 		// Perhaps this begins a compaction. From then on the store is only read.
 		if err := d.Commit(); err != nil {
@@ -453,6 +486,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 		}
 		d.AwaitCompaction()
 		commit("a store that is only read")
+
 		dir.Mu.Lock()
 		dir.FailAt, dir.Failure, dir.Forever = dir.Calls+1, syscall.EMFILE, true
 		dir.Mu.Unlock()
@@ -463,6 +497,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 				t.Fatalf("Commit %d without descriptors: %v", i, err)
 			}
 		}
+
 		d.AwaitCompaction()
 		dir.Mu.Lock()
 		dir.FailAt = 0
@@ -486,6 +521,7 @@ func TestCompactionRemovesForGood(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		dir.Empty("seg-2.log")
 		d.minCompact = 0
 		for number := d.number(); d.number() == number; {
@@ -495,6 +531,7 @@ func TestCompactionRemovesForGood(t *testing.T) {
 			}
 		}
 		d.AwaitCompaction()
+
 		again, err := openSmall(dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
 		if err != nil || len(again.Get("kept")) != 1 {
 			t.Fatalf("after a power failure: %v", err)

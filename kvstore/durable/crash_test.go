@@ -95,6 +95,7 @@ func powerFails(t *testing.T, seed uint64, fsync time.Duration) {
 	}
 	var failures []failure
 	var answered, before atomic.Int64
+
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
@@ -203,6 +204,7 @@ func TestEveryCallFails(t *testing.T) {
 				continue
 			}
 
+			// Now without a power failure: the kernel still has what was written.
 			dir.Locked = false
 			what := fmt.Sprintf("call %d failed (for ever: %v), then", n, forever)
 			checkKept(t, h, dir, what)
@@ -612,6 +614,7 @@ func TestNearlyFullDisk(t *testing.T) {
 		dir, d := newSmall(t, Options{Fsync: FsyncNever,
 			Log: slog.New(slog.NewTextHandler(log, nil))})
 		d.zerosAhead, d.minCompact = 31_000, 1<<40
+
 		put := func(large bool) {
 			t.Helper()
 			const size = 30_000
@@ -936,7 +939,7 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	dir.Room = 200_000
 	pairs := fillDisk(t, d, 2000, 9, 1000)
 
-	// The frame that says that another file follows is written by then, so there is no way back.
+	// A file is cut to its size after the frame that says that another file follows.
 	dir.Before = func(c storetest.Call) error {
 		if c.What == "truncate" && strings.HasPrefix(c.Name, "seg-") {
 			return storetest.ErrDisk

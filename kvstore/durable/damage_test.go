@@ -506,11 +506,11 @@ func TestRefusals(t *testing.T) {
 		f, _ := decodeFrame(b[at:], seed(snapshot))
 		at += int(f.padded())
 	}
-
 	again := func(b []byte) []byte {
 		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
 	}
 
+	// A log without its third frame, and files of another store.
 	whole, _, starts := segment(t, 5)
 	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
 		whole.Names["seg-1.log"].Data[starts[3]:])

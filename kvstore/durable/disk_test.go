@@ -29,24 +29,29 @@ func TestRealDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.segmentSize, d.minCompact = 1500, 2000
+
 	h := storetest.NewHistory()
 	if err := storetest.Script(t, d, h); err != nil {
 		t.Fatal(err)
 	}
+
 	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) ||
 		!strings.Contains(err.Error(), fmt.Sprint("by process ", os.Getpid())) {
 		t.Errorf("opened twice: %v", err)
 	}
+
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "KVSTORE_TEST_OPEN="+path, "GORACE=atexit_sleep_ms=0")
 	out, err := cmd.Output()
 	if err != nil || !strings.Contains(string(out), storage.ErrLocked.Error()) {
 		t.Errorf("a second process opens it: %s, %v", out, err)
 	}
+
 	if r, err := checkAt(path); err != nil || r.Damaged ||
 		!strings.HasPrefix(r.Lines[0], "in use  by process ") {
 		t.Errorf("checked while open: %v, %v", r, err)
 	}
+
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -56,15 +61,18 @@ func TestRealDirectory(t *testing.T) {
 			t.Errorf("%s has mode %v", e.Name(), info.Mode())
 		}
 	}
+
 	report, err := checkAt(path)
 	if err != nil || report.Damaged {
 		t.Errorf("Check: %v, %v", report, err)
 	}
+
 	l, _ := readLayout(mustDirectory(t, path))
 	name := filepath.Join(path, logName(kindSnapshot, l.snapshot))
 	b, _ := os.ReadFile(name)
 	b[len(b)/2] ^= 1
 	os.WriteFile(name, b, 0o600)
+
 	to := filepath.Join(t.TempDir(), "saved")
 	if report, err := repairAt(path, to); err != nil || !report.Damaged {
 		t.Errorf("Repair of damage: %v, %v", report, err)
@@ -72,6 +80,7 @@ func TestRealDirectory(t *testing.T) {
 	if now, _ := os.ReadFile(name); !bytes.Equal(now, b) {
 		t.Error("the damaged file was changed")
 	}
+
 	if d, err = openAt(to, Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -93,6 +102,7 @@ func TestWrongPaths(t *testing.T) {
 	path := t.TempDir()
 	aFile := filepath.Join(path, "file")
 	os.WriteFile(aFile, nil, 0o600)
+
 	for where, want := range map[string]error{
 		filepath.Join(path, "none"): storage.ErrMissing,
 		aFile:                       storage.ErrNotOurs,
@@ -114,6 +124,7 @@ func TestWrongPaths(t *testing.T) {
 			}
 		}
 	}
+
 	if names, _ := os.ReadDir(path); len(names) != 1 {
 		t.Errorf("something was made: %v", names)
 	}
@@ -131,6 +142,7 @@ func TestOthersFilesStay(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+
 	dir := storetest.New().With("seg-1.log.tmp", []byte("half")) // as a killed start leaves it
 	if _, err := openStill(dir, Options{}); err != nil ||
 		dir.Names["seg-1.log.tmp"] != nil {
@@ -146,6 +158,7 @@ func TestCheckOfAStrangeLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Close()
+
 	lock := filepath.Join(path, storage.LockName)
 	for what, make := range map[string]func() error{
 		"directory": func() error { return os.Mkdir(lock, 0o700) },
@@ -178,6 +191,7 @@ func TestDirectoryForAFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d.Put("k", "v")
 		inside := filepath.Join(path, name, "inside")
 		os.Remove(filepath.Dir(inside))
@@ -188,6 +202,7 @@ func TestDirectoryForAFile(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		told := strings.Count(log.String(), "the next start is refused")
 		if told != 1 || !strings.Contains(log.String(), name) || d.number() > 1 {
 			t.Errorf("%s: now in file %d, the log says\n%s", name, d.number(), log)
@@ -204,6 +219,7 @@ func TestDirectoryForAFile(t *testing.T) {
 				t.Errorf("%s: %s: %v", name, what, err)
 			}
 		}
+
 		dir, err := storage.OpenDisk(path, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -212,6 +228,7 @@ func TestDirectoryForAFile(t *testing.T) {
 			t.Errorf("%s: Repair, which needs none of these: %v, %q", name, err, r.Lines)
 		}
 		dir.Close()
+
 		if after, _ := filepath.Glob(filepath.Join(path, "*")); !slices.Equal(after, before) {
 			t.Errorf("%s: a start that was refused made %q of %q", name, after, before)
 		}
@@ -222,6 +239,7 @@ func TestDirectoryForAFile(t *testing.T) {
 		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
 			t.Fatalf("%s: a start without it: %v", name, err)
 		}
+
 		os.Remove(filepath.Dir(inside))
 		os.Mkdir(filepath.Dir(inside), 0o700)
 		d.lookAfter = time.Time{}
@@ -246,6 +264,7 @@ func TestHealBesideADirectoryForAFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d.Put("k", "v")
 		os.Mkdir(filepath.Join(path, name), 0o700)
 		os.Remove(filepath.Join(path, "seg-1.log"))
@@ -253,6 +272,7 @@ func TestHealBesideADirectoryForAFile(t *testing.T) {
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
+
 		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
 			t.Fatalf("%s: opened again: %v", name, err)
 		}
@@ -268,12 +288,14 @@ func TestMovedDirectory(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	dir.Moved = storage.ErrMoved
 	d.Get("a")
 	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
 		t.Errorf("after a Get: %v, want %v", err, storage.ErrMoved)
 	}
 	d.Close()
+
 	dir = storetest.New()
 	d, err := openSmall(dir, Options{})
 	if err != nil {
@@ -281,6 +303,7 @@ func TestMovedDirectory(t *testing.T) {
 	}
 	d.Put("a", "1")
 	d.Commit()
+
 	dir.Moved = storage.ErrMoved
 	for err == nil && d.number() == 1 {
 		d.Put("a", strings.Repeat("v", 100))
@@ -311,6 +334,7 @@ func TestMovedRealDirectory(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
+
 			os.Rename(path, path+".old")
 			if replace {
 				os.Mkdir(path, 0o700)
@@ -320,6 +344,8 @@ func TestMovedRealDirectory(t *testing.T) {
 				}
 				defer other.Close()
 			}
+
+			// A rotation is due, and must make no file in the place of the old directory.
 			d.segmentSize = 1
 			<-d.Lost() // though nothing was asked
 			d.Put("k", "w")
@@ -327,6 +353,7 @@ func TestMovedRealDirectory(t *testing.T) {
 				t.Errorf("replaced: %v: %v, want %v", replace, err, storage.ErrMoved)
 			}
 			d.Close()
+
 			if names, _ := filepath.Glob(filepath.Join(path, "seg-2*")); len(names) > 0 {
 				t.Errorf("the directory in its place has %q", names)
 			}
@@ -349,6 +376,7 @@ func TestRemovedRealFiles(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	for _, name := range []string{storage.LockName, storage.StoreName, "seg-1.log"} {
 		if err := os.Remove(filepath.Join(path, name)); err != nil {
 			t.Fatal(err)
@@ -358,9 +386,11 @@ func TestRemovedRealFiles(t *testing.T) {
 	if err := os.Symlink("/no/such/file", link); err != nil {
 		t.Fatal(err)
 	}
+
 	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) {
 		t.Errorf("a second one opens it while LOCK is gone: %v", err)
 	}
+
 	d.lookAfter = time.Time{}
 	d.Put("k", "w")
 	if err := d.Commit(); err != nil {
@@ -369,6 +399,7 @@ func TestRemovedRealFiles(t *testing.T) {
 	if _, err := openAt(path, Options{}); !errors.Is(err, storage.ErrLocked) {
 		t.Errorf("a second one opens it: %v", err)
 	}
+
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -393,6 +424,7 @@ func TestReplacedRealFile(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	name := filepath.Join(path, "seg-1.log")
 	b, _ := os.ReadFile(name)
 	os.Remove(name)
@@ -401,6 +433,7 @@ func TestReplacedRealFile(t *testing.T) {
 	if err := errors.Join(d.Commit(), d.Close()); err != nil {
 		t.Fatal(err)
 	}
+
 	if d, err = openAt(path, Options{}); err != nil ||
 		!slices.Equal(d.Get("k"), []string{"v", "w"}) {
 		t.Fatalf("opened again: %v", err)
@@ -440,6 +473,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		replaced := false
 		dir.after = func(call, name string) {
 			if replaced || !strings.HasPrefix(call+" "+name, which) {
@@ -456,6 +490,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 
 		os.Remove(filepath.Join(path, storage.StoreName)) // so that it is written again
 		for range 10 {
+			// The Deletes are there so that a compaction is worth it.
 			d.Put("key", strings.Repeat("v", 300))
 			d.Delete("old")
 			d.Put("old", strings.Repeat("v", 300))
@@ -477,6 +512,7 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 			}
 			wantAll(t, which, mustDirectory(t, killed), maps.Collect(d.All()))
 		}
+
 		if !replaced {
 			t.Errorf("%s was not replaced", which)
 		}

@@ -87,6 +87,7 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
+
 	if l, err := readLayout(dir); err != nil || len(l.obsolete) > 0 {
 		t.Fatalf("%s: after opening there is still %q, %v", what, l.obsolete, err)
 	}
@@ -94,6 +95,7 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.Told,
 			h.Done)
 	}
+
 	if err := d.Close(); err != nil {
 		t.Fatalf("%s: Close: %v", what, err)
 	}
@@ -128,11 +130,13 @@ func TestStartCopiesNothing(t *testing.T) {
 		if clean {
 			d.Close()
 		}
+
 		image := dir.With(storage.LockName, nil)
 		counting := &countingDir{Dir: image}
 		if _, err := openStill(counting, Options{}); err != nil {
 			t.Fatal(err)
 		}
+
 		most := 2000
 		if !clean {
 			most += image.Reserve // the zeros are cleared
@@ -184,6 +188,7 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 		"x"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q: the second 2 is gone, which is at the place given", got, want)
 	}
+
 	if err := apply(m, string(appendRecord(nil, opUpdate, 1<<40, "k", "2", "y")), 1); err != nil {
 		t.Fatal(err)
 	}
@@ -224,6 +229,7 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 				t.Fatal(err)
 			}
 			storetest.CheckSame(t, d, m)
+
 			for range 50 {
 				for range h.IntN(10) {
 					storetest.RandomStep(t, h, d, m)
@@ -232,16 +238,19 @@ func TestDurableIsLikeTheModel(t *testing.T) {
 					t.Fatal(err)
 				}
 				d.AwaitCompaction()
+
 				var disk, live int64
 				for _, f := range dir.Names {
 					disk += int64(len(f.Data))
 				}
+
 				_, values, bytes := d.Size()
 				live = bytes + int64(values)*recordExtra
 				if most := 2*live + d.minCompact + 3*d.segmentSize; disk > most {
 					t.Fatalf("%d bytes on disk for %d live ones, want at most %d", disk, live, most)
 				}
 			}
+
 			storetest.CheckSame(t, d, m)
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
@@ -279,6 +288,7 @@ func TestLoadTellsProgress(t *testing.T) {
 
 		var log bytes.Buffer
 		status, stage := new(storage.Status), ""
+
 		dir.Before = func(c storetest.Call) error {
 			if c.What == "read" && c.Name != storage.StoreName {
 				<-time.After(400 * time.Millisecond) // once for each header, and once for each file
@@ -286,6 +296,7 @@ func TestLoadTellsProgress(t *testing.T) {
 			}
 			return nil
 		}
+
 		d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil)), Status: status})
 		if err != nil {
 			t.Fatal(err)
@@ -305,6 +316,7 @@ func TestLoadTellsProgress(t *testing.T) {
 // fixedDir returns a directory with a store whose id is the same in every run.
 func fixedDir(t testing.TB, commits int) *storetest.Dir {
 	dir, id := storetest.New(), storeID{1, 2, 3}
+
 	_, err := createLog(dir, fileHeader{kind: kindSegment, id: id, number: 1,
 		first: 1}, func(w *logWriter) error {
 		for i := range commits {
@@ -317,6 +329,7 @@ func fixedDir(t testing.TB, commits int) *storetest.Dir {
 		}
 		return nil
 	})
+
 	if err == nil {
 		_, err = writeID(dir, id)
 	}
@@ -333,10 +346,12 @@ func TestDeadlinesAreKept(t *testing.T) {
 		random := rand.New(rand.NewPCG(uint64(seed), 9))
 		dir, d := newSmall(t, Options{})
 		want := map[string]int64{}
+
 		for range 300 {
 			key := fmt.Sprint("key", random.IntN(10))
 			switch random.IntN(8) {
 			case 0, 1:
+				// The store itself does nothing when the time has come, so any time will do.
 				at := int64(random.IntN(3)) * (1 << 40)
 				if d.Expire(key, at) {
 					want[key] = at
@@ -356,9 +371,11 @@ func TestDeadlinesAreKept(t *testing.T) {
 			default:
 				d.Put(key, "v")
 			}
+
 			if len(d.Get(key)) == 0 {
 				delete(want, key)
 			}
+
 			if random.IntN(4) > 0 {
 				continue
 			}
@@ -367,6 +384,7 @@ func TestDeadlinesAreKept(t *testing.T) {
 			}
 			d.AwaitCompaction()
 		}
+
 		d.Commit()
 		for what, dir := range map[string]*storetest.Dir{"killed": dir.Kill(),
 			"after a power failure": dir.Crash(random)} {
@@ -374,6 +392,7 @@ func TestDeadlinesAreKept(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			for i := range 10 {
 				key := fmt.Sprint("key", i)
 				at, _ := again.Deadline(key)
@@ -397,10 +416,12 @@ func TestNegativeDeadlines(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	again, err := openSmall(dir.Kill(), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	for _, key := range []string{"a", "b"} {
 		want, isThere := d.Deadline(key)
 		if got, _ := again.Deadline(key); got != want || !isThere || want > 1 {
@@ -421,6 +442,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 			d.Put("k", "v")
 			d.Close()
 			makeOlder(dir.Names["seg-1.log"].Data)
+
 			if isFull {
 				dir.Before = func(c storetest.Call) error {
 					if c.What == "create" && c.Name == "seg-2.log.tmp" {
@@ -429,6 +451,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 					return nil
 				}
 			}
+
 			log := &strings.Builder{}
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			if err != nil {
@@ -441,6 +464,7 @@ func TestFileOfAnOlderVersion(t *testing.T) {
 			if err := errors.Join(d.Commit(), d.Close()); err != nil {
 				t.Fatal(err)
 			}
+
 			isNew := d.number() == 2 && len(dir.Names["seg-1.log"].Data) == size
 			if isNew == isFull || strings.Contains(log.String(), "written again") {
 				t.Errorf("full %v: now in file %d, the log says\n%s", isFull, d.number(), log)

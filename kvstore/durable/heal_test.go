@@ -37,33 +37,40 @@ func TestHealMayFail(t *testing.T) {
 				if d.commit() != nil {
 					t.Fatal("it fails before")
 				}
+
 				failAt := func(n int) (calls int) {
 					dir.Mu.Lock()
 					defer dir.Mu.Unlock()
 					dir.FailAt = n
 					return dir.Calls
 				}
+
 				call := failAt(0) + n
 				failAt(call)
 				err := d.Commit()
+
 				want := maps.Collect(d.All())
 				random := rand.New(rand.NewPCG(uint64(n), 4))
 				where := fmt.Sprintf("%s, call %d", what, n)
+
 				image := dir.Crash(random)
 				again, openErr := openSmall(image.Kill(), Options{})
 				isEmpty := openErr == nil && what == "everything" && keysOf(again) == 0
 				if openErr == nil {
 					again.Close()
 				}
+
 				// Otherwise it is refused, or the power failed before anything was written.
 				if !errors.As(openErr, new(*storage.DamageError)) && !isEmpty {
 					wantAll(t, where+", after a crash", image, want)
 				}
+
 				failed = failAt(0) >= call
 				if err != nil {
 					d.Close()
 					return
 				}
+
 				<-time.After(compactTime)
 				d.Put("later", "more")
 				if err := d.Commit(); err != nil {
@@ -83,6 +90,7 @@ func TestCloseIsTheLastLook(t *testing.T) {
 	for _, mended := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			dir, d := withHole(t, io.Discard, holes["everything"])
+
 			var refuses atomic.Bool
 			refuses.Store(true)
 			dir.Before = func(c storetest.Call) error {
@@ -91,11 +99,13 @@ func TestCloseIsTheLastLook(t *testing.T) {
 				}
 				return nil
 			}
+
 			<-time.After(lookTime)
 			d.Put("after", "all")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
+
 			refuses.Store(!mended)
 			want := maps.Collect(d.All())
 			err := d.Close()
@@ -128,6 +138,7 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
 	}
+
 	path := filepath.Join(t.TempDir(), "data")
 	os.Mkdir(path, 0o700)
 	dir := &stolenDirectory{Disk: mustDirectory(t, path)}
@@ -140,14 +151,17 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 		}
 		t.Cleanup(func() { lock.Close() })
 	}
+
 	d, err := Open(t.Context(), dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	d.Put("k", "v")
 	os.Remove(filepath.Join(path, storage.StoreName))
 	d.lookAfter = time.Time{}
 	d.Commit()
+
 	for _, at := range []string{path, path + ".old"} {
 		if names, _ := filepath.Glob(filepath.Join(at, "snap-*.log")); len(names) > 0 {
 			t.Errorf("%s has %q", at, names)
@@ -167,6 +181,7 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 			}
 			return nil
 		}
+
 		refuses.Store(true)
 		for d.size < d.segmentSize {
 			d.Put("key", strings.Repeat("v", 50))
@@ -174,13 +189,17 @@ func TestHealAfterAFailedRotation(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		refuses.Store(false)
 		dir.Remove(storage.StoreName)
 		d.lookAfter = time.Time{}
+
+		// The heal does not wait until a rotation would be tried again.
 		d.rotateAfter = time.Now().Add(time.Second)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		if r, err := Check(dir); err != nil || r.Damaged {
 			t.Errorf("a check beside the store: %v, %v", r, err)
 		}
@@ -205,6 +224,7 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 			}
 			return nil
 		}
+
 		d, err := openSmall(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
@@ -213,6 +233,7 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		store := dir.Names[storage.StoreName]
 		dir.Remove(storage.StoreName)
 		refuses.Store(true)
@@ -220,6 +241,7 @@ func TestFailedHealLeavesNothing(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		refuses.Store(false)
 		dir.Mu.Lock()
 		dir.Names[storage.StoreName] = store
@@ -249,6 +271,7 @@ func TestLooksThatFail(t *testing.T) {
 			}
 			return nil
 		}
+
 		write := func() {
 			for range 3 {
 				<-time.After(lookTime)
@@ -258,10 +281,12 @@ func TestLooksThatFail(t *testing.T) {
 				}
 			}
 		}
+
 		write()
 		isBlind.Store(false)
 		write()
 		isBlind.Store(true)
+
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EACCES) {
 			t.Errorf("Close: %v", err)
 		}
@@ -300,6 +325,7 @@ func TestCrashesInAHeal(t *testing.T) {
 				}
 				return nil
 			}
+
 			if err := d.commit(); err != nil {
 				t.Fatal(err)
 			}
@@ -307,6 +333,7 @@ func TestCrashesInAHeal(t *testing.T) {
 				t.Fatal(err)
 			}
 			dir.Before = nil
+
 			want := maps.Collect(d.All())
 			opened := 0
 			for i, image := range images {
@@ -318,6 +345,7 @@ func TestCrashesInAHeal(t *testing.T) {
 					continue
 				}
 				opened++
+
 				// An emptied file looks like one of which nothing has reached the disk, and a
 				// backup is a whole store.
 				isAll := maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string])
@@ -327,6 +355,7 @@ func TestCrashesInAHeal(t *testing.T) {
 				}
 				again.Close()
 			}
+
 			t.Logf("%s: %d of %d images open", what, opened, len(images))
 			d.Close()
 		})
@@ -357,6 +386,7 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 		f.WriteAt(dir.Names[name].Data[:1], 0)
 		f.Close()
 		synctest.Wait() // for the timer, which reads dir.Before
+
 		random := rand.New(rand.NewPCG(5, 5))
 		var images []*storetest.Dir
 		isWritten := false
@@ -368,10 +398,12 @@ func TestCrashesInAHealOfGoodFiles(t *testing.T) {
 			}
 			return nil
 		}
+
 		number := d.number()
 		if err := d.lookForFiles(); err != nil || d.number() == number {
 			t.Fatalf("in file %d, %v", d.number(), err)
 		}
+
 		for i, image := range images {
 			wantAll(t, fmt.Sprintf("image %d of %d", i, len(images)), image, want)
 		}
@@ -391,8 +423,10 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 			}
 			return nil
 		}
+
 		d.Put("key", "value")
 		d.Commit()
+
 		refuses.Store(true)
 		for range 5 {
 			<-time.After(lookTime)
@@ -402,6 +436,7 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 			}
 			wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
 		}
+
 		if d.number() != 1 || strings.Count(log.String(), "level=ERROR") != 1 ||
 			!strings.Contains(log.String(), "cannot look") {
 			t.Errorf("now in file %d, the log says\n%s", d.number(), log)
@@ -409,6 +444,7 @@ func TestNoHealOfWhatNobodyCanRead(t *testing.T) {
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 			t.Errorf("Close: %v", err)
 		}
+
 		refuses.Store(false)
 		wantAll(t, "closed", dir, maps.Collect(d.All()))
 	})
@@ -439,6 +475,7 @@ func TestHealReadsBackFirst(t *testing.T) {
 			}
 			wantAll(t, "killed", dir.Kill(), maps.Collect(d.All()))
 		}
+
 		if err := d.Close(); !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 			t.Errorf("Close: %v", err)
 		}
@@ -459,8 +496,10 @@ func TestHealWritesStoreFirst(t *testing.T) {
 			}
 			return nil
 		}
+
 		d.minCompact = 1 << 40
 		fillUntil(d, func() bool { return d.number() == 3 })
+
 		refuses.Store(true)
 		dir.Remove(storage.StoreName)
 		f, _ := dir.Extend("seg-1.log")
@@ -478,6 +517,7 @@ func TestHealWritesStoreFirst(t *testing.T) {
 			t.Fatalf("repair: %v, %q", err, r.Lines)
 		}
 		wantAll(t, "repaired", out, maps.Collect(d.All()))
+
 		refuses.Store(false)
 		if err := d.Close(); err != nil {
 			t.Error(err)
@@ -500,8 +540,10 @@ func TestHealWhoseNameIsNotSynced(t *testing.T) {
 			}
 			return nil
 		}
+
 		d.minCompact = 1 << 40
 		fillUntil(d, func() bool { return d.number() == 3 })
+
 		dir.Remove("seg-1.log")
 		<-time.After(lookTime)
 		if err := d.Commit(); err != nil || d.snapshot != 0 {
@@ -515,6 +557,7 @@ func TestHealWhoseNameIsNotSynced(t *testing.T) {
 			t.Fatalf("later: snapshot %d, %v", d.snapshot, err)
 		}
 		wantAll(t, "after the next try", dir.Kill(), maps.Collect(d.All()))
+
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
@@ -535,12 +578,14 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 			}
 			return nil
 		}
+
 		for d.number() == 1 {
 			d.Put("key", strings.Repeat("v", 100))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
+
 		dir.Before = nil
 		for range 3 {
 			<-time.After(lookTime)
@@ -548,6 +593,7 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if d.number() != 2 || strings.Contains(log.String(), "level=ERROR") {
 			t.Errorf("now in file %d, the log says\n%s", d.number(), log)
 		}
@@ -569,6 +615,7 @@ func TestCloseHealsAgain(t *testing.T) {
 			<-time.After(2 * lookTime)
 			d.Commit()
 			want := maps.Collect(d.All())
+
 			dir.Remove("seg-1.log")
 			dir.Sync()
 			dir.Calls, dir.FailAt, dir.Failure = 0, n, syscall.EIO
@@ -579,9 +626,11 @@ func TestCloseHealsAgain(t *testing.T) {
 				}
 				return nil
 			}
+
 			err := d.Close()
 			isOver = dir.Calls < n
 			dir.FailAt, dir.Before = 0, nil
+
 			again, openErr := openSmall(dir.Kill(), Options{})
 			if openErr != nil || !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal) {
 				lost[what] = true
@@ -591,6 +640,7 @@ func TestCloseHealsAgain(t *testing.T) {
 			}
 		})
 	}
+
 	for what := range lost {
 		if !strings.HasSuffix(what, " seg-1.log") {
 			t.Errorf("one call that fails loses all: %s", what)
@@ -632,6 +682,7 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			if !goesOn {
 				wantAll(t, "changed once", dir.Kill(), maps.Collect(d.All()))
 			} else if heals < 10 || heals > 20 {
@@ -666,12 +717,14 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			d.Put("k", "v")
 			d.Put("gone", "v")
 			<-time.After(2 * lookTime) // so that the timer has nothing more to do
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
+
 			pass := func(looks int) {
 				for range looks {
 					<-time.After(lookTime)
@@ -746,7 +799,9 @@ func (v *vandal) act(c storetest.Call) {
 	if len(names) == 0 {
 		return
 	}
+
 	name, other := names[v.random.IntN(len(names))], names[v.random.IntN(len(names))]
+
 	data, _ := v.dir.Read(name)
 	copied, isCopied := v.copies[name]
 	overwrite := func(data []byte) {
@@ -805,6 +860,7 @@ func TestHealOfAnything(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			v.setOdds(10 + random.IntN(200))
 			commit := func() {
 				t.Helper()
@@ -812,6 +868,7 @@ func TestHealOfAnything(t *testing.T) {
 					t.Fatalf("seed %d: %v, after\n%s", seed, err, v.setOdds(0))
 				}
 			}
+
 			for i := range 100 + random.IntN(200) {
 				d.Put(fmt.Sprint("key", random.IntN(20)), strings.Repeat("v", random.IntN(200)))
 				d.Put("all", fmt.Sprint(i))
@@ -829,6 +886,7 @@ func TestHealOfAnything(t *testing.T) {
 				d.Set("after", "all")
 				commit()
 			}
+
 			d.AwaitCompaction()
 			<-time.After(2 * lookTime) // for the timer's fsync
 			what, want := fmt.Sprintf("seed %d, after\n%s\n", seed, did), maps.Collect(d.All())

@@ -35,11 +35,13 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				}
 				return nil
 			}
+
 			var log bytes.Buffer
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			put := func() {
 				d.Put("key", strings.Repeat("v", 100))
 				if err := d.Room("", 200, 0); err != nil {
@@ -49,9 +51,11 @@ func TestRotationIsTriedAgain(t *testing.T) {
 					t.Fatalf("%v: %v", failure, err)
 				}
 			}
+
 			for d.size+400 < d.segmentSize {
 				put()
 			}
+
 			refuses.Store(true)
 			for range 30 {
 				put()
@@ -62,6 +66,7 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				strings.Count(log.String(), "level=ERROR") != 1 {
 				t.Errorf("%v: in file %d after %d tries, the log says\n%s", failure, d.number(), tries, &log)
 			}
+
 			refuses.Store(false)
 			<-time.After(rotateTime)
 			put()
@@ -69,6 +74,7 @@ func TestRotationIsTriedAgain(t *testing.T) {
 			if d.number() != 2 || len(d.Get("key")) < 12 {
 				t.Errorf("%v: later in file %d", failure, d.number())
 			}
+
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -94,6 +100,7 @@ func TestKilledRotation(t *testing.T) {
 			d.Put("key", strings.Repeat("v", 50))
 			d.Commit()
 		}
+
 		dir.FailAt, dir.Forever = dir.Calls+n, true
 		for d.number() == 1 && d.failure() == nil && n < 40 {
 			d.Put("key", strings.Repeat("v", 50))
@@ -102,12 +109,14 @@ func TestKilledRotation(t *testing.T) {
 				break
 			}
 		}
+
 		reached := dir.Calls >= dir.FailAt
 		d.stopTimer()
 		dir.FailAt, dir.Locked = 0, false
 		if !reached {
 			break
 		}
+
 		for range 3 {
 			if d, err = openSmall(dir, Options{}); err != nil {
 				t.Fatalf("killed at call %d: %v", n, err)
@@ -119,6 +128,7 @@ func TestKilledRotation(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -141,6 +151,7 @@ func TestRotationWithoutRoom(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		// As if the process was killed before the zeros were on disk.
 		dir = dir.Kill()
 		f := dir.Names["seg-1.log"]
@@ -149,6 +160,7 @@ func TestRotationWithoutRoom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d.segmentSize = d.size // a rotation is due
 		used := 0
 		for _, f := range dir.Names {
@@ -171,6 +183,7 @@ func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts
 		t.Fatal(err)
 	}
 	d.zerosAhead = 0
+
 	for i := range commits {
 		starts = append(starts, len(dir.Names[name].Data))
 		d.Put("key", fmt.Sprint("value", i))
@@ -179,6 +192,7 @@ func segment(t *testing.T, commits int) (dir *storetest.Dir, name string, starts
 			t.Fatal(err)
 		}
 	}
+
 	d.stopTimer()
 	dir.Locked = false
 	return dir, name, append(starts, len(dir.Names[name].Data))
@@ -197,6 +211,7 @@ func TestRoomForFrames(t *testing.T) {
 	if sizes[0] < d.zerosAhead || sizes[4] != sizes[0] {
 		t.Errorf("five commits made files of %d bytes, want one size", sizes)
 	}
+
 	killed := dir.With("none", nil)
 	delete(killed.Names, "none")
 	var log bytes.Buffer
@@ -206,12 +221,14 @@ func TestRoomForFrames(t *testing.T) {
 		t.Errorf("opened without a Close: %v, %v, the log says %s", d2.Get("key"), err,
 			log.String())
 	}
+
 	for d.number() == 1 {
 		d.Put("key", "more")
 		d.Commit()
 	}
 	d.Put("key", "last")
 	d.Close()
+
 	for name, f := range dir.Names {
 		if kind, _ := parseName(name); kind == kindSegment &&
 			len(bytes.TrimRight(f.Data, "\x00"))+8+int(d.toDelete(0)) <= len(f.Data) {
@@ -239,12 +256,14 @@ func TestSyncingNamesTheFile(t *testing.T) {
 		}
 		return nil
 	}
+
 	for i := 0; d.number() < 4; i++ {
 		d.Put("k", strings.Repeat("v", i%200))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 	}
+
 	if err := d.Close(); err != nil || d.Syncing() == "" {
 		t.Errorf("Close: %v, and names %q", err, d.Syncing())
 	}
@@ -265,12 +284,14 @@ func TestSyncingNamesTheSnapshot(t *testing.T) {
 			}
 			return nil
 		}
+
 		for i := 0; d.compacted == nil; i++ {
 			d.Set("key", strings.Repeat("v", i%200))
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 		}
+
 		d.Put("key", "value")
 		synctest.Wait() // for the compaction to be held up
 		closed := make(chan error)
@@ -283,6 +304,7 @@ func TestSyncingNamesTheSnapshot(t *testing.T) {
 			}
 			<-time.After(vouchTime)
 		}
+
 		close(stall)
 		if err := <-closed; err != nil {
 			t.Error(err)
@@ -300,6 +322,7 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 			t.Fatal(err)
 		}
 		d.segmentSize = 1 << 30
+
 		const stall = 15 * time.Second
 		dir.syncing.Store(int64(stall))
 		start := time.Now()
@@ -315,9 +338,13 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 				break
 			}
 		}
+
 		if most := dir.most.Load(); most != 1 {
 			t.Errorf("%d fsyncs at a time", most)
 		}
+
+		// The timer's fsync begins after a second, and Commits wait for it once it has lasted
+		// another.
 		if after := time.Since(start) - waited; waited == 0 || after > 2200*time.Millisecond {
 			t.Errorf("Commits went on for %v beside a stalled fsync, then waited %v", after, waited)
 		}
@@ -337,11 +364,13 @@ func TestCloseLosesItsDirectory(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	dir.After = func(storetest.Call) {
 		dir.Mu.Lock()
 		defer dir.Mu.Unlock()
 		dir.Moved = storage.ErrMoved
 	}
+
 	if err := d.Close(); !errors.Is(err, storage.ErrMoved) {
 		t.Errorf("Close returns %v", err)
 	}
@@ -357,9 +386,11 @@ func TestCloseSyncsFirst(t *testing.T) {
 		}
 		d.Put("k", "v")
 		d.Commit()
+
 		d.compacted = make(chan *compaction, 1)
 		go d.Close()
 		synctest.Wait() // for the compaction, which does not end
+
 		if again, err := Open(context.Background(), dir.Crash(rand.New(rand.NewPCG(1, 1))),
 			Options{}); err != nil || len(again.Get("k")) != 1 {
 			t.Errorf("while Close waits a power failure leaves %v", err)
@@ -384,14 +415,17 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			for i := range 10 {
 				d.Put("key", fmt.Sprint(i))
 				d.Commit()
 			}
+
 			<-time.After(vouchTime + time.Second/4)
 			d.Put("key", "beside the timer's fsync")
 			d.Commit()
 			last := d.size - 20
+
 			<-time.After(5 * time.Second)
 			synctest.Wait()
 			calls := dir.Calls
@@ -399,6 +433,7 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 			if dir.Calls != calls {
 				t.Errorf("fsync %v: %d calls in an idle hour", fsync, dir.Calls-calls)
 			}
+
 			for _, at := range []int64{200, last} {
 				image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
 				data := slices.Clone(image.Names["seg-1.log"].Data)
@@ -409,6 +444,7 @@ func TestIdleLogIsVouchedFor(t *testing.T) {
 					t.Errorf("fsync %v: with a flipped bit at %d: %v", fsync, at, err)
 				}
 			}
+
 			if err := d.Close(); err != nil {
 				t.Error(err)
 			}
@@ -425,11 +461,13 @@ func TestIdleAfterARestart(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			d.Put("key", "answered")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 			last := d.size - 20
+
 			if restart {
 				dir = dir.Kill()
 				d.Close()
@@ -437,6 +475,7 @@ func TestIdleAfterARestart(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			<-time.After(time.Hour)
 			image := dir.Crash(rand.New(rand.NewPCG(1, 1)))
 			data := slices.Clone(image.Names["seg-1.log"].Data)
@@ -461,6 +500,8 @@ func TestFullDiskIsNotVouchedFor(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
+		// The file has no zeros left, and the disk no room, so the timer cannot write its frame.
 		image := dir.Kill()
 		size := d.size
 		d.Close()
@@ -470,10 +511,12 @@ func TestFullDiskIsNotVouchedFor(t *testing.T) {
 		for _, f := range image.Names {
 			image.Room += len(f.Data)
 		}
+
 		d, err := openSmall(image, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		<-time.After(3 * time.Second)
 		calls := image.Calls
 		<-time.After(time.Hour)
@@ -483,6 +526,7 @@ func TestFullDiskIsNotVouchedFor(t *testing.T) {
 				d.timer != nil)
 		}
 		d.mu.Unlock()
+
 		if err := errors.Join(d.failure(), d.Close()); err != nil {
 			t.Errorf("after an idle hour: %v", err)
 		}
@@ -528,11 +572,14 @@ func TestFsyncErrorIsToldOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		d.Put("k", "v")
 		d.Commit()
+
 		dir.armed.Store(true)
 		<-time.After(time.Second)
 		synctest.Wait() // the timer's fsync has failed, but has not returned yet
+
 		ended := make(chan error, 1)
 		go func() { ended <- d.syncRest() }() // as in a Commit
 		synctest.Wait()
@@ -553,12 +600,14 @@ func TestCommitAfterAFullFrame(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			d.Put("k", strings.Repeat("v", maxFramePut)) // a frame of its own
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 			<-time.After(fsync)
 			synctest.Wait()
+
 			for seed := range uint64(3) {
 				after, err := Open(context.Background(),
 					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
@@ -581,6 +630,7 @@ func TestCommitCosts(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.lookAfter = time.Now().Add(time.Hour) // so that no check of the files comes between
+
 	for _, c := range []struct {
 		do   func()
 		want int
@@ -614,12 +664,14 @@ func TestMovedStoreIsSynced(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		dir.Mu.Lock()
 		dir.Moved = storage.ErrMoved
 		dir.Mu.Unlock()
 		if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
 			t.Fatal(err)
 		}
+
 		d.Close()
 		wantAll(t, fmt.Sprint("seed ", seed), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
 			map[string][]string{"key": {"answered"}})
@@ -635,12 +687,14 @@ func TestFsyncInTime(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		f := dir.Names["seg-1.log"]
 		unsynced := func() int {
 			dir.Mu.Lock()
 			defer dir.Mu.Unlock()
 			return len(f.Data) - len(f.Disk)
 		}
+
 		d.Put("k", "v")
 		d.Commit()
 		<-time.After(time.Second - 1)
@@ -653,6 +707,7 @@ func TestFsyncInTime(t *testing.T) {
 		if unsynced() > 0 {
 			t.Error("not synced in time")
 		}
+
 		d.Put("k", "w")
 		d.Commit()
 		dir.Mu.Lock()
@@ -660,6 +715,7 @@ func TestFsyncInTime(t *testing.T) {
 		dir.Mu.Unlock()
 		<-time.After(time.Second)
 		synctest.Wait()
+
 		if err := d.Commit(); !errors.Is(err, storetest.ErrDisk) {
 			t.Errorf("Commit after a failed fsync: %v", err)
 		}
@@ -710,11 +766,15 @@ func TestWriteDuringFsync(t *testing.T) {
 			}
 			return nil
 		}
+
 		d.Put("a", "1")
 		d.Commit()
+
+		// The fsync begins after a second and lasts one, so b is written in its middle.
 		<-time.After(3 * time.Second / 2)
 		d.Put("b", strings.Repeat("v", 700)) // it begins in another sector than the next frame
 		d.Commit()
+
 		for _, pause := range []time.Duration{time.Second, 5 * time.Second} {
 			<-time.After(pause)
 			for seed := range uint64(20) {
@@ -740,10 +800,12 @@ func TestLargeCommitIsSplit(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.zerosAhead = 0
+
 	value := strings.Repeat("v", 1000)
 	for i := range 5000 {
 		d.Put(fmt.Sprint(i), value)
 	}
+
 	if cap(d.pending) > 2*maxFramePut {
 		t.Errorf("%d bytes wait for Commit", cap(d.pending))
 	}
@@ -751,6 +813,7 @@ func TestLargeCommitIsSplit(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Close()
+
 	l, err := openLog(dir, "seg-1.log")
 	if err != nil {
 		t.Fatal(err)
@@ -775,14 +838,18 @@ func TestFsyncDuringWrite(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			d.Put("a", "1")
 			d.Commit() // from here the timer's second counts
+
+			// The write takes two seconds, and the timer's fsync begins after one.
 			dir.writing.Store(int64(2 * time.Second))
 			d.Put("b", value)
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 			<-time.After(5 * time.Second)
+
 			for seed := range uint64(20) {
 				after, err := Open(context.Background(),
 					dir.Crash(rand.New(rand.NewPCG(seed, 1))), Options{})
@@ -802,6 +869,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := storetest.New()
 	first, _ := openStill(dir, Options{Fsync: FsyncNever})
 	first.zerosAhead = 0
+
 	var starts []int
 	f := dir.Names["seg-1.log"]
 	for i := range 5 {
@@ -809,6 +877,8 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 		first.Put("key", fmt.Sprint(i))
 		first.Commit()
 	}
+
+	// As after a power failure when all frames but the third were on disk.
 	dir.Locked = false
 	data := slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
@@ -819,6 +889,7 @@ func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	if got := d.Get("key"); !slices.Equal(got, []string{"0", "1"}) {
 		t.Errorf("got %q, want the two before the gap", got)
 	}
+
 	first.Close()
 	data = slices.Clone(f.Data)
 	clear(data[starts[2]:starts[3]])
@@ -848,6 +919,7 @@ func TestStallsInARow(t *testing.T) {
 				}
 				return nil
 			}
+
 			const pause = time.Second / 10
 			var answered atomic.Int64
 			ended := make(chan struct{})
@@ -877,8 +949,10 @@ func TestStallsInARow(t *testing.T) {
 				}
 				worst = max(worst, told-after.Count("key"))
 			}
+
 			d.Close()
 			most := 2 * int(time.Second/pause)
+			// Without stalls nothing waits for an fsync that runs already.
 			if stall == 0 {
 				most /= 2
 			}
@@ -899,6 +973,7 @@ func TestStatusNumbers(t *testing.T) {
 		if status.Stage() != "" {
 			t.Errorf("once it is open the store is %q", status.Stage())
 		}
+
 		dir.Mu.Lock()
 		dir.Before = func(c storetest.Call) error {
 			if c.What == "sync" && c.Name == "seg-1.log" {
@@ -907,9 +982,11 @@ func TestStatusNumbers(t *testing.T) {
 			return nil
 		}
 		dir.Mu.Unlock()
+
 		for range 3 {
 			d.Put("key", "value")
 			d.Get("key")
+			// The second Commit has nothing to sync, and counts no fsync.
 			if err := errors.Join(d.Commit(), d.Commit()); err != nil {
 				t.Fatal(err)
 			}
@@ -917,6 +994,7 @@ func TestStatusNumbers(t *testing.T) {
 		if _, all, sum := status.Fsyncs.Read(); all != 3 || sum != 1.5 {
 			t.Errorf("after three Commits %d fsyncs took %v s", all, sum)
 		}
+
 		<-time.After(time.Minute) // meanwhile one frame that vouches for them is synced
 		if atMost, all, sum := status.Fsyncs.Read(); all != 4 || sum != 2 || atMost[6] != 0 ||
 			atMost[7] != 4 {
@@ -932,6 +1010,7 @@ func TestStatusNumbers(t *testing.T) {
 				t.Errorf("%d compactions, want %d", got, n+1)
 			}
 		}
+
 		d.noteCompaction(&compaction{err: storetest.ErrDisk})
 		if got := status.Compactions.Load(); got != 3 {
 			t.Errorf("%d compactions, and one of them has failed", got)

@@ -49,7 +49,10 @@ func withHole(t *testing.T, log io.Writer,
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	storetest.Script(t, d, storetest.NewHistory())
+
+	// From here on nothing is compacted, so that there are full files to remove.
 	d.minCompact = 1 << 40
 	for number := d.number() + 2; d.number() < number; {
 		d.Put("key", "value")
@@ -57,6 +60,7 @@ func withHole(t *testing.T, log io.Writer,
 			t.Fatal(err)
 		}
 	}
+
 	removeThose(dir, d, isGone)
 	dir.Sync()
 	return dir, d
@@ -76,16 +80,19 @@ func TestRemovedFilesAreWrittenAnew(t *testing.T) {
 			}
 			want := maps.Collect(d.All())
 			wantAll(t, what+", after a crash", dir.Crash(rand.New(rand.NewPCG(1, 1))), want)
+
 			d.Put("and", "more")
 			if err := d.Commit(); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
 			want = maps.Collect(d.All())
 			wantAll(t, what+", after a crash later", dir.Crash(rand.New(rand.NewPCG(2, 1))), want)
+
 			if n := strings.Count(log.String(), "level=ERROR"); n != 1 ||
 				!strings.Contains(log.String(), "all data is on disk again") {
 				t.Errorf("%s: the log says\n%s", what, &log)
 			}
+
 			removeThose(dir, d, isGone)
 			if err := d.Close(); err != nil {
 				t.Fatalf("%s: Close: %v", what, err)
@@ -128,6 +135,7 @@ func TestRemovedBesideACompaction(t *testing.T) {
 			if len(answered) > 0 || !d.IsHealing() {
 				t.Errorf("%s is gone: a Commit is answered, or a stop would not wait", name)
 			}
+
 			close(goOn)
 			if err := <-answered; err != nil {
 				t.Fatal(err)
@@ -144,12 +152,14 @@ func TestHealOfARenamedSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		fillUntil(d, func() bool { d.AwaitCompaction(); return d.snapshot >= 2 })
+
 		dir.Mu.Lock()
 		is := logName(kindSnapshot, d.snapshot)
 		dir.Names[logName(kindSnapshot, d.snapshot-1)] = dir.Names[is]
 		delete(dir.Names, is)
 		dir.Mu.Unlock()
 
+		// It is killed when it begins to write its own snapshot.
 		var killed *storetest.Dir
 		next := logName(kindSnapshot, d.number()) + tmpSuffix
 		dir.Before = func(c storetest.Call) error {
@@ -186,10 +196,12 @@ func TestLockGoesUnderAStore(t *testing.T) {
 	} {
 		log := &strings.Builder{}
 		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+
 		spoil(dir)
 		if _, err := openSmall(dir, Options{}); !errors.Is(err, storage.ErrLocked) {
 			t.Errorf("%s: a second one: %v", what, err)
 		}
+
 		d.Put("key", "value")
 		if err := d.Commit(); err != nil {
 			t.Errorf("%s: %v", what, err)

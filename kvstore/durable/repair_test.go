@@ -544,6 +544,7 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	} {
 		for _, leftover := range []bool{false, true} {
 			what := fmt.Sprintf("%s, leftover %v", what, leftover)
+
 			dir, d := fourSegments(t, Options{})
 			old := slices.Clone(dir.Names["seg-3.log"].Data)
 			if err := d.compactNow(); err != nil {
@@ -775,6 +776,8 @@ func TestRepairOfManyBadPlaces(t *testing.T) {
 		if err != nil || !r.Lost {
 			t.Fatalf("%v, %v", r, err)
 		}
+
+		// A bad place may cost some buffers, but not the rest of the file.
 		if most := 3*len(data) + 3*places*bufferSize; reading.bytes > most {
 			t.Errorf("of %d bytes with %d bad places it read %d, more than %d", len(data), places,
 				reading.bytes, most)

@@ -26,6 +26,7 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 			dir, d := newSmall(t, Options{})
 			d.segmentSize, d.minCompact = 1<<40, 1<<40
 			if c.zeros > 0 {
+				// The timer reads zerosAhead while it writes.
 				d.writing <- struct{}{}
 				d.zerosAhead = c.zeros
 				<-d.writing
@@ -37,7 +38,9 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			<-time.After(2 * lookTime)
+			// This Commit checks the files, so the copy comes between two checks.
 			write("before")
 
 			out := storetest.New()
@@ -45,16 +48,19 @@ func TestHealOfACopyBetweenWrites(t *testing.T) {
 				t.Fatal(err)
 			}
 			write("since1")
+
 			// Only the segment: a copy of STORE alone would be noticed.
 			dir.Empty("seg-1.log")
 			f, _ := dir.Extend("seg-1.log")
 			f.WriteAt(out.Names["seg-1.log"].Data, 0)
 			f.Close()
+
 			for i := range 21 {
 				write(fmt.Sprintf("key%03d", i))
 			}
 			<-time.After(lookTime)
 			write("after0")
+
 			wantAll(t, fmt.Sprintf("%+v: a copy was put over it", c), dir.Kill(),
 				maps.Collect(d.All()))
 			d.Close()
@@ -77,11 +83,13 @@ func TestHealOfACopyAtAnyMoment(t *testing.T) {
 					if err := d.Commit(); err != nil {
 						t.Fatal(err)
 					}
+
 					if i == made {
 						for name, file := range dir.Names {
 							copied[name] = slices.Clone(file.Data)
 						}
 					}
+
 					if i == starts {
 						if err := d.Close(); err != nil {
 							t.Fatal(err)
@@ -91,6 +99,7 @@ func TestHealOfACopyAtAnyMoment(t *testing.T) {
 							t.Fatalf("made at %d, put back at %d: %v", made, back, err)
 						}
 					}
+
 					if i == back {
 						for name, data := range copied {
 							f, _ := dir.Create(name) // which empties it
@@ -124,6 +133,7 @@ func TestHealOfACopyInARotation(t *testing.T) {
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}
+
 				copied := slices.Clone(dir.Names["seg-1.log"].Data)
 				for d.size < d.segmentSize-200 {
 					d.Put("since", "the copy")
@@ -145,12 +155,14 @@ func TestHealOfACopyInARotation(t *testing.T) {
 					}
 					return nil
 				}
+
 				d.Put("last", strings.Repeat("v", 200))
 				if err := d.Commit(); err != nil {
 					t.Fatalf("call %d: %v", n, err)
 				}
 				dir.Before = nil
 				isOver = calls < n
+
 				<-time.After(lookTime)
 				if err := d.Commit(); err != nil {
 					t.Fatalf("call %d: %v", n, err)
@@ -172,18 +184,21 @@ func TestHealOfACopyWithItsTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	copied, _ := os.ReadFile(name)
 	info, _ := os.Stat(name)
 	d.Put("k", "v")
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
 	os.WriteFile(name, copied, 0o600)
 	os.Chtimes(name, info.ModTime(), info.ModTime())
 	d.lookAfter = time.Time{}
 	if err := errors.Join(d.Commit(), d.Close()); err != nil {
 		t.Fatal(err)
 	}
+
 	if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) == 0 {
 		t.Fatalf("an answered Put is gone: %v", err)
 	}
@@ -196,6 +211,7 @@ func TestHealOfACopiedStore(t *testing.T) {
 		dir, d := newSmall(t, Options{})
 		d.Put("k", "v")
 		d.Commit()
+
 		copied := slices.Clone(dir.Names[storage.StoreName].Data)
 		dir.Remove(storage.StoreName)
 		f, _ := dir.Create(storage.StoreName)
@@ -204,6 +220,7 @@ func TestHealOfACopiedStore(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		for seed := range uint64(10) {
 			wantAll(t, "after a power failure", dir.Crash(rand.New(rand.NewPCG(seed, 1))),
 				maps.Collect(d.All()))
@@ -228,6 +245,8 @@ func TestReplacedFileThatWasJustMade(t *testing.T) {
 					}
 					return nil
 				}
+
+				// The Deletes are there so that a compaction is worth it.
 				write := func() {
 					d.Put("key", strings.Repeat("v", 100))
 					d.Delete("old")
@@ -237,6 +256,7 @@ func TestReplacedFileThatWasJustMade(t *testing.T) {
 					}
 					d.AwaitCompaction()
 				}
+
 				for d.number() < 4 {
 					write()
 				}
@@ -277,11 +297,13 @@ func TestReplacedFileThatWasJustRead(t *testing.T) {
 					}
 					return nil
 				}
+
 				again, err := openSmall(dir, Options{})
 				made := calls.Swap(1 << 40) // from here on nothing is replaced
 				if isOver = made < n; err != nil {
 					return // it was read, and refused
 				}
+
 				<-time.After(lookTime)
 				if err := again.Commit(); err != nil {
 					t.Fatalf("%s, call %d: %v", name, n, err)

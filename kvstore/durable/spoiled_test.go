@@ -77,6 +77,8 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 				log := &strings.Builder{}
 				dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 				storetest.Script(t, d, storetest.NewHistory())
+
+				// There must be a snapshot, a full file, and something in the current one.
 				for d.snapshot == 0 || d.number() == d.snapshot+1 || d.size == headerSize {
 					d.Put("more", strings.Repeat("v", 100))
 					d.Delete("more")
@@ -84,6 +86,8 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 					d.Commit()
 					d.AwaitCompaction()
 				}
+
+				// This Commit checks the files, so the change comes between two checks.
 				<-time.After(2 * lookTime)
 				d.Put("before", "all")
 				d.Commit()
@@ -97,6 +101,7 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 						}
 					}
 				}
+
 				if how != "is stopped" {
 					<-time.After(lookTime)
 					d.Put("after", "all")
@@ -108,6 +113,7 @@ func TestHealOfSpoiledFiles(t *testing.T) {
 						t.Errorf("%s, %s: %d errors in the log:\n%s", what, how, n, log)
 					}
 				}
+
 				want := maps.Collect(d.All())
 				if err := d.Close(); err != nil {
 					t.Fatalf("%s, %s: Close: %v", what, how, err)
@@ -147,6 +153,7 @@ func TestHealOfAFileThatBecomesFull(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+
 			<-time.After(lookTime)
 			d.Put("after", "all")
 			if err := d.Commit(); err != nil {
@@ -171,10 +178,12 @@ func TestHealOfATruncatedFrame(t *testing.T) {
 			}
 		}
 		put()
+
 		f := dir.Names["seg-1.log"]
 		f.Data = f.Data[:500] // in place
 		put()
 		put()
+
 		wantAll(t, "a frame was truncated", dir.Kill(), maps.Collect(d.All()))
 		d.Close()
 	})
@@ -191,7 +200,9 @@ func TestSnapshotEmptiedWhileItIsWritten(t *testing.T) {
 			}
 			return nil
 		}
+
 		fillUntil(d, func() bool { d.AwaitCompaction(); return strings.Contains(log.String(), "compact") })
+
 		want := maps.Collect(d.All())
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
@@ -238,6 +249,7 @@ func TestStoreEmptiedWhileItIsWritten(t *testing.T) {
 			}
 			return nil
 		}
+
 		dir.Remove(storage.StoreName)
 		for range 2 {
 			<-time.After(2 * lookTime)
@@ -245,6 +257,7 @@ func TestStoreEmptiedWhileItIsWritten(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		if err := d.Close(); err != nil || !isEmptied {
 			t.Errorf("Close: %v; STORE was emptied: %v", err, isEmptied)
 		}
@@ -262,6 +275,7 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 				fillUntil(d, func() bool { return d.number() == 2 })
 				fillUntil(d, func() bool { return d.size > 500 })
 				want, calls, wrote := maps.Collect(d.All()), 0, 0
+
 				dir.Before = func(c storetest.Call) error {
 					if calls++; calls == n {
 						dir.Empty(name)
@@ -271,6 +285,7 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 					}
 					return nil
 				}
+
 				err := d.Close()
 				dir.Before = nil
 				isOver = wrote < n
