@@ -650,7 +650,7 @@ func TestFilesOfSystems(t *testing.T) {
 		}
 	}
 
-	// These are neither ours nor a system's.
+	// These names are neither ours nor a system's.
 	for _, name := range []string{"torn-notes.txt", "damaged-1", "seg-1.log.tmp.tmp", "STORE.old"} {
 		_, err := openStill(storetest.New().With(name, nil), Options{})
 		if !errors.Is(err, storage.ErrNotOurs) {

@@ -1004,7 +1004,7 @@ func TestSpareCannotBeOpened(t *testing.T) {
 	refused = -1 // SPARE can be opened
 	wantTold(1)
 
-	// It is lost once more after it could be opened, so this is logged again.
+	// SPARE is lost once more after it could be opened, so this is logged again.
 	refused = was
 	d.spare.f.Close()
 	d.spare = logWriter{}

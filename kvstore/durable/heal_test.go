@@ -662,6 +662,7 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 				}
 				return nil
 			}
+
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			if err != nil {
 				t.Fatal(err)
@@ -713,6 +714,7 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 				}
 				return nil
 			}
+
 			d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			if err != nil {
 				t.Fatal(err)

@@ -159,7 +159,7 @@ func TestHealOfARenamedSnapshot(t *testing.T) {
 		delete(dir.Names, is)
 		dir.Mu.Unlock()
 
-		// It is killed when it begins to write its own snapshot.
+		// The heal is killed when it begins to write its own snapshot.
 		var killed *storetest.Dir
 		next := logName(kindSnapshot, d.number()) + tmpSuffix
 		dir.Before = func(c storetest.Call) error {

@@ -175,7 +175,7 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 			d.minCompact = 2000
 		}
 
-		// These are written once, so later files do not bring them back.
+		// Four keys are written only once, so later files do not bring them back.
 		if i >= 8 && i < 12 {
 			d.Put("only"+fmt.Sprint(i), "value")
 		}
@@ -674,6 +674,7 @@ func TestStoreOfAnOlderRepair(t *testing.T) {
 	m := kvstore.NewMemory()
 	m.Put("saved", "value")
 	dir, id := storetest.New(), storeID{1, 2, 3}
+
 	for _, h := range []fileHeader{{kind: kindSnapshot, id: id, number: 1},
 		{kind: kindSegment, id: id, number: 2}} {
 		_, err := createLog(dir, h, func(w *logWriter) error {
