@@ -309,6 +309,7 @@ func TestCompactionRemovesLeftovers(t *testing.T) {
 	if err != nil || l.snapshot == 0 || len(l.obsolete) > 0 {
 		t.Errorf("beside snapshot %d these are left: %q, %v", l.snapshot, l.obsolete, err)
 	}
+	d.Close()
 }
 
 // Ensure that a start removes an older snapshot, as a crash in a compaction leaves it.

@@ -262,7 +262,6 @@ func TestMissingDescriptors(t *testing.T) {
 		}
 
 		dir.FailAt, dir.Failure = dir.Calls+n, syscall.EMFILE
-		d.rotateAfter = time.Time{}
 		if err := storetest.Script(t, d, h); err != nil {
 			t.Fatalf("call %d lacks a descriptor: %v", n, err)
 		}

@@ -323,7 +323,7 @@ func fixedDir(t testing.TB, commits int) *storetest.Dir {
 			payload := appendRecord(nil, opPut, 0, "key", fmt.Sprint(i))
 			payload = appendRecord(payload, opUpdate, 0, "key", fmt.Sprint(i), "new")
 			if err := w.append(frame{sequence: uint64(i + 1), synced: uint64(i), count: 2},
-				appendRecord(payload, opDelete, 0, "none")[:len(payload)], 0); err != nil {
+				payload, 0); err != nil {
 				return err
 			}
 		}

@@ -212,8 +212,7 @@ func TestRoomForFrames(t *testing.T) {
 		t.Errorf("five commits made files of %d bytes, want one size", sizes)
 	}
 
-	killed := dir.With("none", nil)
-	delete(killed.Names, "none")
+	killed := dir.Kill()
 	var log bytes.Buffer
 	d2, err := openStill(killed,
 		Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
@@ -867,7 +866,10 @@ func TestFsyncDuringWrite(t *testing.T) {
 // damage.
 func TestUnsyncedFramesMayBeLost(t *testing.T) {
 	dir := storetest.New()
-	first, _ := openStill(dir, Options{Fsync: FsyncNever})
+	first, err := openStill(dir, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
 	first.zerosAhead = 0
 
 	var starts []int

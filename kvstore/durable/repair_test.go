@@ -161,9 +161,8 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 // Ensure that Repair loses nothing, or fails, if the snapshot cannot be opened for a moment.
 func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	dir, d := newSmall(t, Options{})
-	refuse := true
 	dir.Before = func(c storetest.Call) error {
-		if refuse && c.What == "remove" {
+		if c.What == "remove" {
 			return storetest.ErrDisk
 		}
 		return nil
@@ -192,7 +191,6 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	}
 
 	d.stopTimer()
-	refuse = false
 	dir.Before = nil
 	l, _ := readLayout(dir)
 	if l.snapshot == 0 || len(l.obsolete) == 0 {

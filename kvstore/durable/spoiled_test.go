@@ -48,7 +48,6 @@ var spoils = map[string]func(dir *storetest.Dir, d *Store){
 		d.Put("since", "the backup")
 		d.Commit()
 		for name, file := range out.Names {
-			dir.Empty(name)
 			f, _ := dir.Create(name)
 			f.WriteAt(file.Data, 0)
 			f.Close()
@@ -60,7 +59,6 @@ var spoils = map[string]func(dir *storetest.Dir, d *Store){
 		old.Put("old", "copy")
 		old.Close()
 		for _, name := range []string{"seg-1.log", storage.StoreName} {
-			dir.Empty(name)
 			f, _ := dir.Create(name)
 			f.WriteAt(other.Names[name].Data, 0)
 			f.Close()
