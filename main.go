@@ -337,13 +337,17 @@ func helpText(flags *flag.FlagSet) string {
 	return text + moreUsage
 }
 
+// unitHints say how a kind of value is written.
+var unitHints = map[string]string{"SIZE": " A size is a number with a unit, as 64MB or 1GiB.",
+	"TIME": " A time is a number with a unit, as 10s or 5m."}
+
 // explain says which value a flag takes, or its variable: name is what the user gave.
 func explain(name string, f *flag.Flag) string {
 	kind, does := flag.UnquoteUsage(f)
 	if kind == "" { // a flag that is on or off
 		does = "1 or 0: " + does
 	}
-	return name + " takes " + does + "."
+	return name + " takes " + does + "." + unitHints[kind]
 }
 
 // envPrefix begins the names of our variables in the environment.
@@ -413,7 +417,8 @@ var (
 	otherWords = map[string]string{"serve": leaveOut, "server": leaveOut, "start": leaveOut,
 		"run": leaveOut, "stop": "Press Ctrl-C where it runs, or send it SIGTERM: kill PID.",
 		"version": "Did you mean kvserver -version ?", "ping": "Did you mean kvserver -ping ?",
-		"client": "Did you mean kvserver -c ?"}
+		"client":  "Did you mean kvserver -c ?",
+		"restore": "A copy is a data directory: give it to -data, as kvserver help backup says."}
 )
 
 const leaveOut = "Leave it out: kvserver alone serves."
@@ -425,7 +430,9 @@ func (c config) checkRequests() error {
 		if !c.client {
 			word := strings.ToLower(request)
 			meant := suggest("kvserver ", word, slices.Sorted(maps.Keys(commands)))
-			if meant == seeHelp {
+			if needs, isCommand := commands[word]; isCommand {
+				meant = "A command comes first: kvserver " + word + " " + needs
+			} else if meant == seeHelp {
 				example := "Get:a"
 				if refusal(request) == "" {
 					example = request
@@ -677,7 +684,7 @@ func serve(c config, log *queuedLog) error {
 		log.Info("stopped while opening the data")
 		return nil
 	case err != nil:
-		return storage.Advise(c.data, err)
+		return storage.Advise(c.data, err, tryAgain)
 	}
 
 	listeners, err := listenFor(c)
@@ -703,6 +710,10 @@ func serve(c config, log *queuedLog) error {
 	}
 	return stop(c, log, s, data, err)
 }
+
+// tryAgain is the advice of an error of the store for which there is no better one.
+const tryAgain = "Make room, or mend what else is wrong, then start again. What a server has answered is " +
+	"kept, but with another -fsync than always perhaps not the last writes: look."
 
 // stopSignals returns the signals that stop the server. SIGHUP says that a terminal was closed, so
 // it is one of them if the log goes there. Otherwise it ends nothing.
@@ -812,6 +823,11 @@ func applyLimits(s *keyValueServer, c config) {
 	// Near the limit Go's garbage collector works harder.
 	if c.maxMemory > 0 {
 		debug.SetMemoryLimit(c.maxMemory)
+		s.noteMemory()
+		if !s.budget.fits(0, 0) {
+			s.log.Warn("writes are refused: the data takes more memory than -max-memory leaves for it; "+
+				"Delete something, or raise it", "bytes", s.budget.data(), "limit", s.budget.forData())
+		}
 	}
 
 	// Each connection is an open file. Some files are for other uses.
@@ -865,7 +881,7 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 // stop closes s, and then data. It logs failure, or the error of closing data, and returns errTold.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
 	tell := func(err error) {
-		p := storage.Advise(c.data, err)
+		p := storage.Advise(c.data, err, tryAgain)
 		log.Error("the data cannot be kept any more, so the server ends", "error", p, "todo", storage.Advice(p))
 		failure = errTold
 	}
@@ -938,30 +954,45 @@ func runCommand(command string, args []string, out io.Writer) error {
 		fmt.Fprintln(out, line)
 	}
 	if err = cmp.Or(err, report.Err); err != nil {
-		err = storage.Advise(path, err)
+		err = storage.Advise(path, err, "Make room, or mend what else is wrong, then try again.")
 	}
 	return err
 }
 
 // printManual prints the parts of the README that have all words in their heading; without words
-// it prints all headings.
+// it prints all headings. If no heading has the words, it prints the rows of tables that begin with
+// a cell that has them, such as a flag's or a request's.
 func printManual(w io.Writer, words []string) error {
+	has := func(text string) bool {
+		return !slices.ContainsFunc(words, func(word string) bool {
+			return !strings.Contains(strings.ToLower(text), strings.ToLower(word))
+		})
+	}
+
 	isFound := len(words) == 0
 	for _, part := range strings.Split("\n#"+readme, "\n## ")[1:] {
 		heading, _, _ := strings.Cut(part, "\n")
-		isMissing := func(word string) bool {
-			return !strings.Contains(strings.ToLower(heading), strings.ToLower(word))
-		}
 		switch {
 		case len(words) == 0:
 			fmt.Fprintln(w, heading)
-		case !slices.ContainsFunc(words, isMissing):
+		case has(heading):
 			isFound = true
 			printPart(w, "## "+part)
 		}
 	}
+
+	hasHeading := isFound
+	for line := range strings.Lines(readme) {
+		row, isRow := strings.CutPrefix(line, "| ")
+		cell, _, _ := strings.Cut(row, " | ")
+		if !hasHeading && isRow && has(cell) {
+			isFound = true
+			printPart(w, line)
+		}
+	}
+
 	if !isFound {
-		return misuse{problem(fmt.Sprintf("no heading of the manual has %q", strings.Join(words, " ")),
+		return misuse{problem(fmt.Sprintf("no heading or table of the manual has %q", strings.Join(words, " ")),
 			"kvserver help lists the headings.")}
 	}
 	return nil
@@ -1014,8 +1045,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	undo := func() {}
 	switch {
 	case etcd.IsAddress(to) && etcd.Overlap(path, to):
-		err = fmt.Errorf("%w: %s is inside the store that is to be copied, or around it",
-			storage.ErrNotOurs, to)
+		err = fmt.Errorf("%w: %s", storage.ErrInside, to)
 	case etcd.IsAddress(to):
 		out, err = etcd.Open(context.Background(), to, opts)
 	case etcd.IsAddress(path):

@@ -1163,11 +1163,11 @@ func (s *keyValueServer) admit(q *Query) {
 	// Memory never refuses requests that free, or it would stay full.
 	if s.budget.limit > 0 && !q.frees() && s.lacksMemory(q) {
 		q.refuse(fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
-			s.budget.limit))
+			s.budget.forData()))
 		s.collect()
 		if n := s.refusedForMemory.happened(); n > 0 {
 			s.log.Error("writes are refused: the memory is full; Delete something, or raise "+
-				"-max-memory", "limit", s.budget.limit, "since_last_line", n)
+				"-max-memory", "limit", s.budget.forData(), "since_last_line", n)
 		}
 		return
 	}

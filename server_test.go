@@ -301,7 +301,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		syscall.EROFS:      `Mount its file system for writing, or give another directory. kvserver check "/n`,
 		syscall.ENOSPC:     "Make room, or mend what else is wrong, then start again",
 	} {
-		wantTodo(t, storage.Advise("/none\n", why), todo)
+		wantTodo(t, storage.Advise("/none\n", why, tryAgain), todo)
 	}
 }
 
@@ -347,6 +347,12 @@ func TestManual(t *testing.T) {
 	if err := printManual(&all, nil); err != nil || strings.Contains(all.String(), "#") {
 		t.Errorf("without a word: %v, %s", err, &all)
 	}
+	for words, want := range map[string]string{"take": "Take:key, Take:key:seconds\n", "-FSYNC": "-fsync WHEN\n"} {
+		part.Reset()
+		if err := printManual(&part, []string{words}); err != nil || !strings.HasPrefix(part.String(), want) {
+			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)
+		}
+	}
 	for _, words := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair",
 		"check repair", "Repair CHECK", "more than one machine"} {
 		part.Reset()
@@ -376,7 +382,7 @@ func TestManual(t *testing.T) {
 	// Who asks a command for help gets its part.
 	part.Reset()
 	err := runCommand("check", []string{"-h"}, &part)
-	const want = "## Keeping the data: backup, check, repair\n"
+	const want = "## Keeping the data: backup, restore, check, repair\n"
 	if err != nil || !strings.HasPrefix(part.String(), want) {
 		t.Errorf("check -h: %v, it prints %.60q, want %q", err, &part, want)
 	}
@@ -2204,7 +2210,7 @@ func TestMemoryLimit(t *testing.T) {
 		n.server.budget.reserve = kilo
 		n.server.budget.limit = (int64(a.Stat("memory_bytes"))+40*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
-			n.server.budget.limit)
+			n.server.budget.forData())
 		for i := range 3 {
 			a.Ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
@@ -2242,6 +2248,19 @@ func TestMemoryLimit(t *testing.T) {
 		a.HangUp()
 		is.Equal(t, "lines of log that say so", strings.Count(n.log.Take(), "the memory is full"), 1)
 	})
+}
+
+// Ensure that a start says so if the data takes more than -max-memory leaves for it.
+func TestMemoryLimitBelowTheData(t *testing.T) {
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(-1))
+	var log bytes.Buffer
+	s := New(kvstore.NewMemory())
+	s.log = slog.New(slog.NewTextHandler(&log, nil))
+	for _, want := range []int{0, 1} {
+		applyLimits(s, config{maxMemory: 64_000_000})
+		is.Equal(t, "lines of log", strings.Count(log.String(), "writes are refused: the data takes more"), want)
+		s.db.Put("k", strings.Repeat("v", 30<<20))
+	}
 }
 
 // Ensure that memory freed by Deletes is used again when the memory is full: the room of every
@@ -2334,7 +2353,7 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	before := forced()
 	s.budget.other.Store(1 << 30)
 	a.Ask("Put:k:v", fmt.Sprintf(":ERROR line 2: the server's memory is full (%d bytes): Delete "+
-		"something first", 64<<20))
+		"something first", s.budget.forData()))
 	for forced() == before || s.budget.other.Load() == 1<<30 {
 		runtime.Gosched()
 	}

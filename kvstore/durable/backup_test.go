@@ -172,7 +172,7 @@ func TestBackupBesideARealStore(t *testing.T) {
 		<-stopped
 		d.Close()
 		_, err := backUpAt(path, filepath.Join(path, "copy"))
-		if !errors.Is(err, storage.ErrNotOurs) {
+		if !errors.Is(err, storage.ErrInside) {
 			t.Errorf("a backup inside the store: %v", err)
 		}
 	}()

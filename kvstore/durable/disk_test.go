@@ -115,7 +115,7 @@ func TestWrongPaths(t *testing.T) {
 			},
 			"Check": func() error { _, err := checkAt(where); return err },
 			"Repair": func() error {
-				_, err := repairAt(where, filepath.Join(path, "new"))
+				_, err := repairAt(where, filepath.Join(t.TempDir(), "new"))
 				return err
 			},
 		} {

@@ -41,23 +41,25 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, fmt.Errorf("%w: %s %s", storage.ErrLocked, dir.Path(""), owner)
 	}
 
-	// First find all whole frames, then choose those that fit together.
 	s := &salvage{dir: dir, report: &r, m: kvstore.NewMemory()}
 	s.logs, err = openLogs(dir, names)
 	if err != nil {
 		return r, err
 	}
 	defer closeLogs(s.logs)
-	err = s.findAllFrames()
-	if err == nil {
-		err = s.restore()
-	}
-	if err != nil {
-		return r, err
-	}
 
-	// If not everything could be read, the new store is smaller.
-	err = fillDirectory(out, func() error { return s.write(out) })
+	// First find all whole frames, then choose those that fit together. If not everything could be
+	// read, the new store is smaller.
+	err = fillDirectory(out, func() error {
+		err := s.findAllFrames()
+		if err == nil {
+			err = s.restore()
+		}
+		if err == nil {
+			err = s.write(out)
+		}
+		return err
+	})
 	if err != nil {
 		return r, err
 	}

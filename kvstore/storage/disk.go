@@ -260,9 +260,9 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		if err != nil {
 			return nil, nil, err
 		}
-		if os.SameFile(source, around) {
-			return nil, nil, fmt.Errorf("%w: %s is inside the store that is to be copied",
-				ErrNotOurs, path)
+		target, err := os.Stat(path)
+		if os.SameFile(source, around) || err == nil && os.SameFile(source, target) {
+			return nil, nil, fmt.Errorf("%w: %s", ErrInside, path)
 		}
 	}
 

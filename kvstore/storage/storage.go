@@ -150,8 +150,9 @@ func Advice(err error) string {
 	return ""
 }
 
-// Advise returns err, of the store in the directory at path, with advice in any case.
-func Advise(path string, err error) error {
+// Advise returns err, of the store in the directory at path, with advice in any case: if there is none
+// for such an error, with otherwise.
+func Advise(path string, err error, otherwise string) error {
 	advice := Advice(err)
 	switch {
 	case advice != "":
@@ -163,8 +164,7 @@ func Advise(path string, err error) error {
 		advice = "Mount its file system for writing, or give another directory. kvserver check DIR and " +
 			"kvserver backup DIR NEW only read it."
 	default:
-		advice = "Make room, or mend what else is wrong, then start again. What a server has answered is " +
-			"kept, but with another -fsync than always perhaps not the last writes: look."
+		advice = otherwise
 	}
 
 	// A shell takes a quoted path as one word.
@@ -182,6 +182,9 @@ var (
 	// ErrNotOurs is returned for a directory that is not a store, or a file that is not a store's.
 	ErrNotOurs = NewError("not a data directory", "Nothing was changed. Take out what is not a "+
 		"store's, or give another directory: for new data or a copy an empty one, not inside a store's.")
+	// ErrInside is returned for a copy of a store into its own directory, or into one inside that.
+	ErrInside = NewError("a store cannot be copied into itself",
+		"Nothing was changed. Give another directory for the copy.")
 	// ErrLocked is returned when another process has the store open.
 	ErrLocked = NewError("the data directory is in use",
 		"Nothing was changed. Stop that process first, or give another directory.")

@@ -82,6 +82,7 @@ var (
 	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
 	// or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
+	errSilent  = errors.New("no answer")
 	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the name
 	// that it follows.
 	errUnlike = errors.New("etcd has not what was written before")
@@ -99,6 +100,7 @@ type cluster struct {
 	id       atomic.Pointer[string] // of the cluster; nil: no member has answered yet
 	revision atomic.Int64           // the highest that the cluster has answered
 	warned   sync.Once              // about a member of another cluster
+	failure  atomic.Pointer[error]  // the latest that may pass, for the log; nil: none
 
 	room // in the members' databases
 }
@@ -496,6 +498,7 @@ func (c *cluster) call(ctx context.Context, at string, request any, size int) (r
 		case !isFinal(err):
 			clear(refused)
 			why = nil
+			c.failure.Store(&err)
 
 		// ErrOther is the reason only if it is that of all members.
 		case !errors.Is(err, ErrOther) || why == nil:

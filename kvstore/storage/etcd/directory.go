@@ -105,6 +105,13 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 	hosts, prefix, _ := strings.Cut(strings.TrimRight(rest, "/"), "/")
 	query, err := url.ParseQuery(text)
 
+	// An option that does nothing would make somebody believe that the connection is encrypted.
+	for name := range query {
+		if scheme != "etcds" || !slices.Contains([]string{"ca", "cert", "key"}, name) {
+			err = fmt.Errorf("%q is no option: etcds:// has ca, cert and key, and etcd:// has none", name)
+		}
+	}
+
 	// There is no default port: each member must name one.
 	members := strings.Split(hosts, ",")
 	for _, host := range members {
@@ -171,7 +178,8 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
 		defer time.AfterFunc(tellTime, func() {
-			d.client.log.Warn("etcd does not answer yet, trying on")
+			why := cmp.Or(d.client.failure.Load(), &errSilent)
+			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
 			d.opts.Status.Set("etcd does not answer yet")
 		}).Stop()
 		return d.client.call(ctx, at, request, size)

@@ -138,6 +138,8 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcd://host/kv":                   ErrAddress,
 		"etcds:http://host:2379/kv":        ErrAddress,
 		"etcd://host:0x/kv?ca=%":           ErrAddress,
+		"etcd://127.0.0.1:1/kv?ca=x.pem":   ErrAddress,
+		"etcds://127.0.0.1:1/kv?cacert=x":  ErrAddress,
 		"etcd://" + at(plain) + "/kv":      ErrRefused, // some other server answers there
 		"etcd://" + at(encrypted) + "/kv":  ErrRefused,
 		"etcds://" + at(plain) + "/kv":     ErrRefused,

@@ -110,8 +110,12 @@ var misuses = []mistake{
 	{"-max-memory 1KiB", `invalid value "1KiB" for flag -max-memory`,
 		"-max-memory takes SIZE of the process, 64MB or more"},
 	{"-timeout 1 -ping", "invalid value \"1\" for flag -timeout", "-timeout takes TIME, as 5s, that -c"},
-	{"-data d check", `unexpected argument "check"`,
-		"Did you mean kvserver check ? kvserver help flags"},
+	{"-data d check", `unexpected argument "check"`, "A command comes first: kvserver check DIR"},
+	{"restore a b", `unexpected argument "restore"`, "A copy is a data directory: give it to -data"},
+	{"-max-memory 1G", `invalid value "1G" for flag -max-memory`, "-max-memory takes SIZE of the process, " +
+		"64MB or more; 0: no limit. A size is a number with a unit, as 64MB or 1GiB."},
+	{"-write-timeout 10", `invalid value "10" for flag -write-timeout`, "-write-timeout takes TIME until a " +
+		"client that reads nothing is cut off; 0: never (5m). A time is a number with a unit"},
 	{"-addr 1 -stop", "-stop is not for a server", "Leave it out."},
 	{"serve", `unexpected argument "serve"`, "Leave it out"},
 	{"start -addr 1", `unexpected argument "start"`, "Leave it out"},
@@ -121,9 +125,9 @@ var misuses = []mistake{
 	{"client", `unexpected argument "client"`, "Did you mean kvserver -c ?"},
 	{"bakup a b", `unexpected argument "bakup"`, "Did you mean kvserver backup ?"},
 	{"hlep", `unexpected argument "hlep"`, "Did you mean kvserver help ?"},
-	{"help no such word", `no heading of the manual has "no such word"`,
+	{"help no such word", `no heading or table of the manual has "no such word"`,
 		"kvserver help lists the headings."},
-	{"help backup nosuch", `no heading of the manual has "backup nosuch"`,
+	{"help backup nosuch", `no heading or table of the manual has "backup nosuch"`,
 		"kvserver help lists the headings."},
 	{"Get:a", `unexpected argument "Get:a"`,
 		"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
@@ -173,9 +177,10 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {
-	foreign, damaged, inUse, beside := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	foreign, damaged, inUse, beside, full := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+	os.WriteFile(filepath.Join(full, "STORE"), nil, 0o600)
 	store := OpenStore(t, inUse)
 	t.Cleanup(func() { store.Close() })
 
@@ -191,6 +196,10 @@ func failuresWithData(t *testing.T, program string) []mistake {
 		{"-data " + damaged, filepath.Join(damaged, "STORE") + " is damaged",
 			"Nothing was changed. Restore a backup, or save what can be saved: kvserver repair " +
 				damaged},
+		{"backup " + inUse + " " + inUse, "a store cannot be copied into itself: " + inUse,
+			"Nothing was changed. Give another directory"},
+		{"repair " + damaged + " " + full, "a copy needs a new or an empty directory",
+			"Nothing was copied. Give another directory"},
 		{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
 		{"repair " + inUse + " " + filepath.Join(beside, "new"),
 			fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
@@ -291,6 +300,7 @@ func RepairBesideASilentEtcd(t *testing.T, program protocol.Program) {
 		is.OK(t, cmd.Start())
 		line, _ := bufio.NewReader(pipe).ReadString('\n')
 		is.In(t, "the first line", line, "etcd does not answer yet")
+		is.In(t, "the first line", line, "refused")
 		cmd.Process.Kill()
 		cmd.Wait()
 	}
