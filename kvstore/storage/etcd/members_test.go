@@ -38,6 +38,7 @@ func TestEtcdFaults(t *testing.T) {
 			if fault == doubtful {
 				of = 3
 			}
+
 			for n, reached := 1+i, true; reached; n = storetest.Next(n, of) {
 				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
 			}
@@ -60,6 +61,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	ctx, cancel := context.WithTimeout(t.Context(),
 		time.Minute) // a standby waits for a dead cluster without end
 	defer cancel()
+
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault = n, fault
 	h := storetest.NewHistory()
@@ -71,11 +73,13 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	default:
 		err = storetest.Script(t, d, h)
 	}
+
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
 		noSpace}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
+
 	switch {
 	case err == nil && d.Close() == nil:
 		h.Told = h.Done.Clone()
@@ -87,10 +91,13 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 		<-d.Lost()
 		d.Close()
 	}
+
+	// What is late would arrive among the requests of the next process.
 	w.kill()
 	w.mu.Lock()
 	e.late = nil
 	w.mu.Unlock()
+
 	after, _ := e.dir(t, t.Context(), "second:9999")
 	checkKept(t, h, after, fmt.Sprintf("request %d", n))
 	if pieces := e.orphans(); len(pieces) > 0 && fault != doneTwice {
@@ -108,6 +115,7 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 		if err := d.Commit(); err != nil {
 			return err
 		}
+
 		h.Told = h.Done.Clone()
 		d.AwaitCompaction()
 		<-time.After(100 * time.Millisecond)
@@ -120,17 +128,21 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 func TestEtcdRefusals(t *testing.T) {
 	plain := httptest.NewServer(http.NotFoundHandler())
 	defer plain.Close()
+
 	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
 	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	defer encrypted.Close()
+
 	picky := httptest.NewUnstartedServer(http.NotFoundHandler())
 	picky.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
 	picky.Config.ErrorLog = encrypted.Config.ErrorLog
 	picky.StartTLS()
 	defer picky.Close()
+
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: picky.Certificate().Raw}), 0o600)
 	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
+
 	for address, want := range map[string]error{
 		"etcd:/host:1/kv":                  ErrAddress,
 		"etcd://":                          ErrAddress,
@@ -155,6 +167,7 @@ func TestEtcdRefusals(t *testing.T) {
 			t.Errorf("%s: %v, want %v", address, err, want)
 		}
 	}
+
 	for address, word := range map[string]string{
 		"etcd://host/kv":                      "missing port",
 		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go: it holds no certificate",
@@ -166,6 +179,7 @@ func TestEtcdRefusals(t *testing.T) {
 			t.Errorf("%s: %v, want a word of %q", address, err, word)
 		}
 	}
+
 	for what, c := range map[string]struct {
 		user  string
 		spoil func(e *fakeEtcd, w *etcdWire)
@@ -191,6 +205,7 @@ func TestEtcdRefusals(t *testing.T) {
 				e := newFakeEtcd()
 				dir, w := e.dir(t, t.Context(), "new:9999")
 				c.spoil(e, w)
+
 				before := e.revision
 				began := time.Now()
 				if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.Is(err, c.want) {
@@ -214,6 +229,7 @@ func TestEtcdSilence(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			d, w := newFakeEtcd().open(t)
 			w.setCut(true)
+
 			select {
 			case <-d.Lost():
 				if long < patienceTime {
@@ -226,6 +242,7 @@ func TestEtcdSilence(t *testing.T) {
 				if long > patienceTime+2*requestTime {
 					t.Errorf("not lost after %v", long)
 				}
+
 				w.setCut(false)
 				d.Put("k", "v")
 				if err := d.Commit(); err != nil {
@@ -243,6 +260,7 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w := e.dir(t, t.Context(), "first:9999")
 		dir.opts.Status = new(storage.Status)
+
 		w.setCut(true)
 		go durable.Open(t.Context(), dir, durable.Options{})
 		<-time.After(5 * time.Second)
@@ -257,11 +275,13 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		dir.opts.Status = new(storage.Status)
 		var log bytes.Buffer
 		dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
+
 		ended := make(chan struct{})
 		go func() {
 			durable.Open(ctx, dir, durable.Options{})
 			close(ended)
 		}()
+
 		<-time.After(10 * time.Second)
 		w.setCut(true)
 		<-time.After(33 * time.Second)
@@ -270,11 +290,13 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 			!strings.Contains(stage, "by process") {
 			t.Errorf("a standby says %q", stage)
 		}
+
 		w.setCut(false)
 		<-time.After(3 * time.Second)
 		if stage := dir.opts.Status.Stage(); !strings.HasPrefix(stage, "standby: the data is in use") {
 			t.Errorf("a standby says %q when etcd answers again", stage)
 		}
+
 		cancel()
 		<-ended
 		if n := strings.Count(log.String(), "standing by"); n != 3 ||
@@ -291,10 +313,13 @@ func TestEtcdMemberDown(t *testing.T) {
 		for i, down := range []string{"a:1", "b:1", "a:1", "b:1"} {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
+
+			// From the third time on some other server answers in the member's place.
 			e.mu.Lock()
 			e.down, e.stranger = down, i >= 2
 			e.mu.Unlock()
 			<-time.After(5 * beatTime)
+
 			began := time.Now()
 			for range 20 {
 				d.Put("k", "v")
@@ -303,6 +328,7 @@ func TestEtcdMemberDown(t *testing.T) {
 				}
 			}
 			d.Close()
+
 			d, w := e.open(t)
 			d.Close()
 			if member := w.dir.client.member.Load(); down != "b:1" && member != 1 {
@@ -323,11 +349,13 @@ func TestEtcdOtherCluster(t *testing.T) {
 			e, h := newFakeEtcd(), storetest.NewHistory()
 			d, _ := e.open(t)
 			commit(t, d, h, "k", "v")
+
 			other := newFakeEtcd()
 			other.id = "2"
 			e.mu.Lock()
 			e.other[member] = other
 			e.mu.Unlock()
+
 			for i := range 30 { // the server goes on with the other member
 				if i == 15 {
 					e.delete("kv/n/STORE")
@@ -335,6 +363,7 @@ func TestEtcdOtherCluster(t *testing.T) {
 				commit(t, d, h, "k", "v")
 				<-time.After(time.Second)
 			}
+
 			if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, ErrOther) ||
 				!strings.Contains(err.Error(), member) {
 				t.Errorf("a start where %s is another cluster: %v", member, err)
@@ -354,12 +383,14 @@ func TestEtcdOtherCluster(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		other := newFakeEtcd()
 		other.id = "2"
+
 		time.AfterFunc(10*time.Second, func() {
 			w.kill()
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			e.other["a:1"], e.down = other, "b:1"
 		})
+
 		if _, err := e.tryOpen(t, time.Minute); err == nil || len(other.kvs) > 0 {
 			t.Errorf("a standby takes another cluster: %v, %d keys", err, len(other.kvs))
 		}
@@ -399,6 +430,7 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		other := newFakeEtcd()
 		other.id = "2"
+
 		for _, member := range []string{"a:1", "b:1"} {
 			w.mu.Lock()
 			e.other, e.full = map[string]*fakeEtcd{member: other}, true
@@ -406,6 +438,7 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 			time.AfterFunc(5*time.Second, func() { e.setFull(false) })
 			commit(t, d, h, "k", "v")
 			<-time.After(2 * time.Second)
+
 			if err := d.Commit(); err != nil || e.kvs["kv/n/seg-2.log"].Key != nil {
 				t.Errorf("with another cluster at %s: %v, or all data is written anew", member, err)
 			}
@@ -424,12 +457,14 @@ func TestEtcdRefusedByOne(t *testing.T) {
 		w.mu.Lock()
 		e.down, e.stranger = "b:1", true
 		w.mu.Unlock()
+
 		go func() {
 			for range 30 {
 				w.dir.client.member.Store(1)
 				<-time.After(10 * time.Millisecond)
 			}
 		}()
+
 		synctest.Wait()
 		d.Put("k", "v")
 		if err := d.Commit(); err != nil {
@@ -444,6 +479,7 @@ func TestEtcdRefusedByOne(t *testing.T) {
 func TestEtcdSlow(t *testing.T) {
 	large := make([]byte, storetest.Fewer(1<<20, 8))
 	rand.Read(large)
+
 	for what, c := range map[string]struct {
 		slow time.Duration
 		rate int
@@ -464,10 +500,12 @@ func TestEtcdSlow(t *testing.T) {
 				e.most = c.most
 				dir, w := e.dir(t, t.Context(), "first:9999")
 				w.slow, w.rate = c.slow, c.rate
+
 				d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
 				if err != nil {
 					t.Fatal(err)
 				}
+
 				for range 2 {
 					began := time.Now()
 					commit(t, d, h, "k", string(large[:min(len(large), c.size)]))
@@ -475,9 +513,11 @@ func TestEtcdSlow(t *testing.T) {
 						t.Errorf("it takes %v", took)
 					}
 				}
+
 				if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("a standby: %v", err)
 				}
+
 				for range 30 {
 					commit(t, d, h, "small", "v")
 					<-time.After(time.Second)
@@ -485,6 +525,7 @@ func TestEtcdSlow(t *testing.T) {
 				if err := d.Close(); err != nil {
 					t.Error(err)
 				}
+
 				dir, w = e.dir(t, t.Context(), "second:9999")
 				w.slow, w.rate = c.slow, c.rate
 				checkKept(t, h, dir.directory, "read over that link")
@@ -498,15 +539,18 @@ func TestEtcdSlow(t *testing.T) {
 func TestEtcdSlower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, w := newFakeEtcd().open(t)
+
 		random := make([]byte, storetest.Fewer(4<<20, 4))
 		rand.Read(random)
 		d.Put("random", string(random))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		w.mu.Lock()
 		w.rate = 50 << 10
 		w.mu.Unlock()
+
 		began := time.Now()
 		d.Put("k", shrinking(1<<20, 10))
 		if err := d.Commit(); err != nil {
@@ -527,6 +571,7 @@ func TestEtcdTooLarge(t *testing.T) {
 		e.mu.Lock()
 		e.most = 8 << 10
 		e.mu.Unlock()
+
 		value := make([]byte, 1<<20)
 		rand.Read(value)
 		d.Put("k", string(value))
