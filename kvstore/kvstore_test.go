@@ -58,6 +58,7 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 		t.Errorf("two Updates of a list that was handed out made %v allocations, want 3", got)
 	}
 
+	// While a reader has the array, it keeps what goes from its front.
 	store.Get("k")
 	store.Take("k")
 	for i := range 100 { // the list is copied when it grows
@@ -240,6 +241,7 @@ func checkSlabs(t *testing.T, m *Memory) {
 			used += slabSize
 		}
 
+		// The victim is in no bucket, and neither is a slab that the latest snapshot has.
 		if isThere && m.held && a.epoch < m.epoch {
 			held += slabSize - a.live
 		} else if b := (a.written - a.live) / bucketSize; a.bucket > 0 &&
@@ -367,6 +369,7 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 				}
 			}
 			for i := range 2 * many {
+				// One list of each page of the table stays.
 				if i%tableItems > 0 {
 					m.Delete(fmt.Sprint("list", i))
 				}
@@ -629,6 +632,7 @@ func TestRemovedValuesGo(t *testing.T) {
 			}
 
 			_, _, live := store.Size()
+			// Every store begins with a slab, and that is no part of the list.
 			got := inUse() - before - slabSize
 			if got > live*4/3+5*size {
 				t.Fatalf("a Get each %d Removes: %d bytes keep %d after %d Removes", every, live, got, i+1)

@@ -305,6 +305,7 @@ func TestStampOfAnOverwrittenFile(t *testing.T) {
 	}
 
 	os.WriteFile(d.Path("f"), []byte("a"), 0o600)
+	// A file system's clock may be coarse: the two writes must be far apart.
 	old := time.Now().Add(-time.Minute)
 	os.Chtimes(d.Path("f"), old, old)
 	before := stampOf()

@@ -85,6 +85,7 @@ func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
+		// More than are listed without the lock, and in front of the pieces.
 		for i := range 2 * othersMost {
 			e.put(fmt.Sprint("kv/a", i), "x")
 		}

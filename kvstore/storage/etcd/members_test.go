@@ -299,6 +299,8 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 
 		cancel()
 		<-ended
+
+		// The log is told of a silence once, though its length changes.
 		if n := strings.Count(log.String(), "standing by"); n != 3 ||
 			strings.Count(log.String(), " error=") != 1 || strings.Contains(log.String(), "<nil>") {
 			t.Errorf("the log tells of %d stages:\n%s", n, &log)

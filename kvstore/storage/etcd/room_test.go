@@ -31,6 +31,7 @@ func TestEtcdFullWithoutALock(t *testing.T) {
 
 		const most = 1000
 		before, began := w.count(), time.Now()
+		// A server that asks without a pause is killed, so that the test ends.
 		w.mu.Lock()
 		w.at, w.fault = before+most, killed
 		w.mu.Unlock()

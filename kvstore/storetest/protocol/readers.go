@@ -200,6 +200,7 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 			go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
+
 			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C

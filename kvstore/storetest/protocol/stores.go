@@ -199,11 +199,13 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			const asks = 200
 			began := time.Now()
 			for range asks {
+				// Its requests come at all moments of the others' turns.
 				world.Pass(3 * takes / 7)
 				is.Within(t, 0, 2*takes, func() { victim.Ask("Put:x:y\nDelete:x\nPing", ":PONG") })
 			}
 			is.Between(t, "time that it has waited", time.Since(began)-asks*(3*takes/7), 0, asks*takes*3/4)
 
+			// This is time for five rounds of each.
 			world.Pass(time.Duration(5*others*updates) * takes)
 			least, most := span()
 			if least < 4 || most > 3*least { // none starves
@@ -227,6 +229,7 @@ func ExpireIsCommitted(t *testing.T, start StartOn) {
 		a.Ask("Get:k", "k:v")
 
 		world.Pass(time.Second + 2*expireTime)
+		// The key is removed, and the Commit of that waits.
 		a.Send("Get:k\nPing\n")
 		a.WantNothing()
 		store.Gate <- nil
