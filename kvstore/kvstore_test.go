@@ -369,7 +369,7 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 				}
 			}
 			for i := range 2 * many {
-				// One list of each page of the table stays.
+				// Of each page of the table one list stays.
 				if i%tableItems > 0 {
 					m.Delete(fmt.Sprint("list", i))
 				}
@@ -966,7 +966,7 @@ func measureMemory(b *testing.B, size int) {
 	}
 	b.ReportMetric(float64(store.Footprint())/float64(size), "B/key-updated")
 
-	// Garbage of the updates goes first.
+	// The garbage of the updates is no part of what is measured.
 	runtime.GC()
 	start := time.Now()
 	runtime.GC()

@@ -130,6 +130,7 @@ func TestStampsOfADisk(t *testing.T) {
 		t.Error("closed it says what it is")
 	}
 
+	// Another file of the same content takes its place.
 	f, _ = d.Create("file")
 	f.WriteAt([]byte("12345678"), 0)
 	f.Close()

@@ -322,7 +322,7 @@ func TestReplacedLock(t *testing.T) {
 			}
 		}
 
-		// If it is not lost, the first call makes LOCK again, and the second one finds that.
+		// If the lock is not lost, the first call makes LOCK again, and the second one finds it.
 		for range 2 {
 			if err := lock.Verify(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
 				t.Errorf("%s: %v", c.what, err)

@@ -77,6 +77,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			is.OK(t, os.Rename(ca+".pipe", ca))
 		}
 
+		// A new pair comes file by file.
 		world.Pass(look)
 		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
@@ -101,6 +102,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 		is.Equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
 
+		// A warning comes with a file that is new, and when the server is told to read again.
 		put("server.key", read("server.key"))
 		world.Pass(look)
 		log.Take()

@@ -70,7 +70,7 @@ func TestLinearizable(t *testing.T) {
 		"taken before it came": {history{take(1, 2, "a"), put("a", 3, 4)}, "", false},
 		"back again":           {history{put("a", 1, 2), take(3, 4, "a")}, "a", false},
 
-		// These depend on what is there.
+		// Adds, Swaps, Counts and Removes depend on what the list holds.
 		"two Adds": {history{request("Add", "", "a", 1, 1, 4), request("Add", "", "b", 1, 2, 3)},
 			"a", false},
 		"an Add of two": {history{request("Add", "", "a", 0, 1, 4), request("Add", "", "b", 1, 2, 3)},
@@ -83,7 +83,7 @@ func TestLinearizable(t *testing.T) {
 		"a Remove by two": {history{put("a", 1, 2), request("Remove", "a", "", 1, 3, 6),
 			request("Remove", "a", "", 1, 4, 5)}, "", false},
 
-		// These may be undone by a power failure.
+		// A power failure may undo some of these.
 		"a power failure": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),
 			get(7, 8, "a")}, "a", true},
 		"none of power": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),

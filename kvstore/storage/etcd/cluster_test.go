@@ -508,6 +508,7 @@ func TestEtcdCluster(t *testing.T) {
 		c.mu.Unlock()
 	}
 
+	// The one that serves says so over HTTP, and the other one for whom it stands by.
 	active := c.active()
 	for i, want := range map[int]string{active: "200 ok",
 		1 - active: "503 standby: the data is in use by process "} {

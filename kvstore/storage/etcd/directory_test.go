@@ -85,7 +85,7 @@ func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
-		// More than are listed without the lock, and in front of the pieces.
+		// More keys than a process without the lock lists, and all sort before the pieces.
 		for i := range 2 * othersMost {
 			e.put(fmt.Sprint("kv/a", i), "x")
 		}
@@ -306,7 +306,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 			}
 			reached = w.count() >= n
 
-			// A check beside a compaction, whose requests are counted from one again.
+			// Then a check beside a compaction: its requests are counted from one again.
 			w.mu.Lock()
 			w.requests = 0
 			w.mu.Unlock()

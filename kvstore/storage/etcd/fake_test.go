@@ -120,7 +120,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		fault = w.draw()
 	}
 
-	// What begins with this request, whatever becomes of it.
+	// These faults begin with the request, whatever becomes of it.
 	switch fault {
 	case noSpace:
 		w.full = true
@@ -148,7 +148,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, syscall.ECONNREFUSED
 	}
 
-	// Its sender never learns of it, but it may arrive behind a later one.
+	// The sender of a delayed request never learns of it, and it arrives behind a later one.
 	if fault == delayed {
 		var t transaction
 		json.Unmarshal(text, &t)

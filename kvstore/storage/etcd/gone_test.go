@@ -126,7 +126,7 @@ func TestEtcdGone(t *testing.T) {
 							t.Fatal(err)
 						}
 					} else {
-						// A check sees the loss within this second; in the other case the write must.
+						// A check sees the loss within this second. A write before a kill must see it itself.
 						if then != "a write and a kill" {
 							<-time.After(time.Second)
 						}

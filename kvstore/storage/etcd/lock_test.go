@@ -276,7 +276,7 @@ func TestEtcdClockJumps(t *testing.T) {
 			d, w := e.open(t)
 			<-time.After(10 * time.Second)
 
-			// Without its monotonic reading, as after a jump of the clock.
+			// Round strips the monotonic reading, so that the times differ as after a jump.
 			l := w.dir.lock
 			then := time.Now().Round(0).Add(-jump)
 			l.confirmed.Store(&then)

@@ -168,6 +168,7 @@ func TestEtcdRefusals(t *testing.T) {
 		}
 	}
 
+	// The error says what is wrong with the address.
 	for address, word := range map[string]string{
 		"etcd://host/kv":                      "missing port",
 		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go: it holds no certificate",
@@ -180,6 +181,7 @@ func TestEtcdRefusals(t *testing.T) {
 		}
 	}
 
+	// Here the address is right, and etcd, or what is in it, stands in the way.
 	for what, c := range map[string]struct {
 		user  string
 		spoil func(e *fakeEtcd, w *etcdWire)
