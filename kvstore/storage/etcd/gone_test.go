@@ -126,7 +126,8 @@ func TestEtcdGone(t *testing.T) {
 							t.Fatal(err)
 						}
 					} else {
-						// A check sees the loss within this second. A write before a kill must see it itself.
+						// A check sees the loss within this second. A write before a kill
+						// must see it itself.
 						if then != "a write and a kill" {
 							<-time.After(time.Second)
 						}

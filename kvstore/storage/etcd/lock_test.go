@@ -52,7 +52,7 @@ func TestEtcdTakeover(t *testing.T) {
 				w.setCut(false)
 				err := <-done
 
-				// A standby has taken over in any case: the test waits for it, however short away is.
+				// A standby has taken over, however short away is: the test waits for it.
 				isLost := standby || away >= patienceTime
 				if isLost != (err != nil) {
 					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away,
