@@ -23,6 +23,7 @@ func TestAllStops(t *testing.T) {
 		store.Put(fmt.Sprint(i), "v")
 		store.Put(fmt.Sprint(i%5), "w")
 	}
+
 	for most := range 10 {
 		n := 0
 		for range store.All() {
@@ -42,10 +43,12 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	for i := range 100 {
 		store.Put("k", fmt.Sprint(i))
 	}
+
 	update := func() { store.Update("k", "50", "50") }
 	if got := testing.AllocsPerRun(10, update); got != 1 { // the value
 		t.Errorf("Update made %v allocations, want 1", got)
 	}
+
 	readAndUpdate := func() {
 		store.Get("k")
 		update()
@@ -54,11 +57,14 @@ func TestUpdateCopiesOnlyOnce(t *testing.T) {
 	if got := testing.AllocsPerRun(10, readAndUpdate); got != 3 { // the values, and the list
 		t.Errorf("two Updates of a list that was handed out made %v allocations, want 3", got)
 	}
+
+	// While a reader has the array, it keeps what goes from its front.
 	store.Get("k")
 	store.Take("k")
 	for i := range 100 { // the list is copied when it grows
 		store.Put("k", fmt.Sprint("more", i))
 	}
+
 	at, _ := store.find("k")
 	if l := store.long(at.slot); l.shared || store.longGone != 0 {
 		t.Errorf("a list that has grown is shared: %v, and keeps %d bytes that went", l.shared,
@@ -96,6 +102,7 @@ func checkEmptied(t *testing.T, m *Memory) {
 	if m.rate == 0 {
 		t.Error("nothing was cleaned")
 	}
+
 	if keys, values, bytes := m.Size(); keys != 0 || values != 0 || bytes != 0 ||
 		m.KeyBytes() != 0 || m.longValues != 0 || m.longBytes != 0 || m.pages != 1 ||
 		m.expiring != 0 {
@@ -129,6 +136,7 @@ func checkDeadlines(t *testing.T, m *Memory) {
 			last = e
 		}
 	}
+
 	expiring := 0
 	for slot := range m.slots {
 		at := m.deadline(slot)
@@ -141,6 +149,7 @@ func checkDeadlines(t *testing.T, m *Memory) {
 			t.Fatalf("end %v is not where it should be", e)
 		}
 	}
+
 	if n != expiring || n != m.expiring {
 		t.Fatalf("%d keys have deadlines, of which %d ends are there, and %d are counted", expiring, n,
 			m.expiring)
@@ -163,15 +172,18 @@ func checkIndex(t *testing.T, m *Memory) {
 	seen, keys, pages, bytes := map[*page]bool{}, 0, 0, 0
 	for i := range m.dir.len {
 		p := *m.dir.at(i)
+		// A page that is less deep than the directory has several places in a row.
 		if first := i &^ (1<<(64-m.shift-p.depth) - 1); *m.dir.at(first) != p {
 			t.Fatalf("place %d of the directory is another page than place %d, at depth %d", i,
 				first, p.depth)
 		}
+
 		if seen[p] {
 			continue
 		}
 		seen[p] = true
 		pages++
+
 		used := 0
 		for j, slot := range p.slots {
 			if slot == 0 {
@@ -188,6 +200,7 @@ func checkIndex(t *testing.T, m *Memory) {
 			t.Fatalf("a page counts %d slots and has %d", p.used, used)
 		}
 	}
+
 	if keys != m.keys || pages != m.pages || int64(bytes) != m.KeyBytes() {
 		t.Fatalf("%d keys, %d pages, %d bytes of keys are counted as %d, %d, %d", keys, pages,
 			bytes, m.keys, m.pages, m.KeyBytes())
@@ -220,12 +233,15 @@ func checkSlabs(t *testing.T, m *Memory) {
 			alive[slot&addrMask>>slabBits] += m.entry(slot).size()
 		}
 	}
+
 	used, live, held := 0, 0, 0 // held: dead bytes in slabs that the latest snapshot has
 	for k, a := range m.accounts {
 		isThere := *m.slabs.at(k) != nil
 		if isThere {
 			used += slabSize
 		}
+
+		// The victim is in no bucket, and neither is a slab that the latest snapshot has.
 		if isThere && m.held && a.epoch < m.epoch {
 			held += slabSize - a.live
 		} else if b := (a.written - a.live) / bucketSize; a.bucket > 0 &&
@@ -233,12 +249,14 @@ func checkSlabs(t *testing.T, m *Memory) {
 			a.bucket != b {
 			t.Fatalf("slab %d is in bucket %d, place %d, want %d", k, a.bucket, a.place, b)
 		}
+
 		if live += alive[k]; a.live != alive[k] ||
 			slices.Contains(m.unused, k) != (k > 0 && !isThere) {
 			t.Fatalf("slab %d counts %d live bytes and has %d, of %d", k, a.live, alive[k],
 				a.written)
 		}
 	}
+
 	for b, slabs := range m.buckets {
 		for place, k := range slabs {
 			if a := m.accounts[k]; a.bucket != b || a.place != place {
@@ -247,6 +265,7 @@ func checkSlabs(t *testing.T, m *Memory) {
 			}
 		}
 	}
+
 	if len(m.free) > freeMost {
 		t.Fatalf("%d pieces of memory are free, want at most %d", len(m.free), freeMost)
 	}
@@ -269,12 +288,14 @@ func checkLarge(t *testing.T, m *Memory) {
 		entries++
 		r := m.large.at(number(slot))
 		memory += int64(cap(r.data))
+
 		if at := m.locate(slot & addrMask); at.slot != slot {
 			t.Fatalf("large entry %d, of %.40q, is not found", number(slot), r.data.key())
 		}
 		if cap(r.data) > len(r.data)*5/4+ownSize {
 			t.Fatalf("an entry of %d bytes has %d", len(r.data), cap(r.data))
 		}
+
 		if r.list == nil {
 			continue
 		}
@@ -289,10 +310,12 @@ func checkLarge(t *testing.T, m *Memory) {
 				t.Fatalf("value %d has the hash of another", i)
 			}
 		}
+
 		values += len(l.values)
 		bytes += l.bytes
 		gone += l.gone
 	}
+
 	if entries != m.large.len || memory != m.largeBytes || values != m.longValues ||
 		bytes != m.longBytes || gone != m.longGone {
 		t.Fatalf("%d large entries of %d bytes and %d values of %d and %d are counted as %d, %d, "+
@@ -314,6 +337,7 @@ func checkFootprint(t *testing.T, m *Memory) {
 			fresh.Put(key, v)
 		}
 	}
+
 	keys, _, bytes := m.Size()
 	if got, most := m.Footprint(), fresh.Footprint()*4/3+int64(28*keys)+4<<20; got > most {
 		t.Fatalf("%d bytes of data take %d of memory, want at most %d", bytes, got, most)
@@ -345,6 +369,7 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 				}
 			}
 			for i := range 2 * many {
+				// Of each page of the table one list stays.
 				if i%tableItems > 0 {
 					m.Delete(fmt.Sprint("list", i))
 				}
@@ -354,6 +379,7 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			store, random := NewMemory(), rand.New(rand.NewPCG(3, 3))
 			before(store)
+
 			for i := range Fewer(50_000, 4) {
 				store.Set(fmt.Sprint("k", random.IntN(7000)), value[:200])
 				if i%300 == 0 {
@@ -363,6 +389,7 @@ func TestDeadMemoryIsBounded(t *testing.T) {
 					checkFootprint(t, store)
 				}
 			}
+
 			checkFootprint(t, store)
 			checkInside(t, store)
 		})
@@ -376,6 +403,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 	store := NewMemory()
 	var latest Snapshot
 	steps := memorySteps(t, 5)
+
 	for i := range steps {
 		// In turn: small values mostly, large ones, lists, and little but Deletes.
 		phase := i / (steps / 40)
@@ -386,6 +414,7 @@ func TestDeadMemoryIsBoundedInAnyMix(t *testing.T) {
 		case n < 20 || phase%4 == 1 && n < 300:
 			size = random.IntN(4 * ownSize)
 		}
+
 		switch n := random.IntN(10); {
 		case n == 0 || phase%4 == 3 && n < 8:
 			store.Delete(key)
@@ -421,23 +450,28 @@ func TestReclaim(t *testing.T) {
 	value := strings.Repeat("v", 100*size)
 	for _, next := range []int{size / 10, 2 * size, 100 * size} {
 		store, keys := NewMemory(), 0
+
 		fits := func(size int) bool {
 			needed := store.Footprint() + int64(size)
 			return needed <= limit || needed-store.Reclaim() <= limit
 		}
+
 		for ; fits(2 * size); keys++ {
 			store.Put(fmt.Sprint("key", keys), value[:size])
 		}
+
 		_, _, full := store.Size()
 		for i := 0; i < keys; i += 4 {
 			store.Delete(fmt.Sprint("key", i))
 		}
+
 		for i := 0; fits(2 * next); i++ {
 			store.Put(fmt.Sprint("next", i), value[:next])
 			if got := store.Footprint(); got > limit+8*slabSize {
 				t.Fatalf("%d bytes are taken by values of %d, want at most %d", got, next, limit)
 			}
 		}
+
 		checkInside(t, store)
 		_, _, bytes := store.Size()
 		if next >= size && bytes < full*93/100 || bytes < full*80/100 {
@@ -460,6 +494,7 @@ func TestSnapshotCopiesLittle(t *testing.T) {
 	for i := range 5000 * (maxShort + 1) {
 		store.Put(fmt.Sprint("list", i%5000), "v")
 	}
+
 	allocated := func(do func()) (bytes uint64) {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
@@ -467,10 +502,12 @@ func TestSnapshotCopiesLittle(t *testing.T) {
 		runtime.ReadMemStats(&after)
 		return after.TotalAlloc - before.TotalAlloc
 	}
+
 	var s Snapshot
 	if got := allocated(func() { s = store.Snapshot() }); got > 16<<10 {
 		t.Errorf("a snapshot takes %d bytes", got)
 	}
+
 	if got := allocated(func() {
 		store.Put("list7", "w")
 		store.Put("large7", "w")
@@ -493,10 +530,12 @@ func TestSnapshotBesideChanges(t *testing.T) {
 			}
 		}
 	}
+
 	want := 0
 	for key, list := range maps.Collect(store.All()) {
 		want += len(key) + SizeOf(list) + len(list)
 	}
+
 	s := store.Snapshot()
 	walked := make(chan int)
 	go func() {
@@ -508,6 +547,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 		}
 		walked <- sum
 	}()
+
 	for i := range 20_000 {
 		key := fmt.Sprint(i)
 		store.Get(key)
@@ -517,6 +557,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 			store.Delete(key)
 		}
 	}
+
 	if got := <-walked; got != want {
 		t.Errorf("the snapshot's sizes add up to %d, want %d", got, want)
 	}
@@ -536,6 +577,7 @@ func TestWhatIsHandedOut(t *testing.T) {
 		}
 		return false
 	}
+
 	for _, size := range []int{1, 100, ViewMost - 100, ViewMost, ViewMost + 1, 100_000} {
 		key := fmt.Sprint(size)
 		store.Put(key, strings.Repeat("v", size))
@@ -546,6 +588,7 @@ func TestWhatIsHandedOut(t *testing.T) {
 			t.Errorf("a View of %d bytes keeps a slab", size)
 		}
 	}
+
 	for n := range 3 * maxShort {
 		store.Put("many", strings.Repeat("v", n))
 		if values := store.Get("many"); slices.ContainsFunc(values, inSlab) {
@@ -567,6 +610,7 @@ func TestRemovedValuesGo(t *testing.T) {
 		runtime.ReadMemStats(&stats)
 		return int64(stats.HeapAlloc)
 	}
+
 	for _, every := range []int{0, 1, 7, 300} { // Removes, between two Gets
 		before, store := inUse(), NewMemory()
 		const values, size = 600, 10_000
@@ -574,6 +618,7 @@ func TestRemovedValuesGo(t *testing.T) {
 		for i := range values {
 			store.Put("key", fmt.Sprint(i, long))
 		}
+
 		for i := range values - 10 {
 			if every > 0 && i%every == 0 {
 				store.Get("key")
@@ -581,10 +626,13 @@ func TestRemovedValuesGo(t *testing.T) {
 			if !store.Remove("key", fmt.Sprint(i, long)) {
 				t.Fatalf("value %d is not there", i)
 			}
+
 			if i%50 > 0 && i < values-20 {
 				continue
 			}
+
 			_, _, live := store.Size()
+			// Every store begins with a slab, and that is no part of the list.
 			got := inUse() - before - slabSize
 			if got > live*4/3+5*size {
 				t.Fatalf("a Get each %d Removes: %d bytes keep %d after %d Removes", every, live, got, i+1)
@@ -593,6 +641,7 @@ func TestRemovedValuesGo(t *testing.T) {
 				t.Fatalf("a Get each %d Removes: %d bytes are counted as %d", every, got, most)
 			}
 		}
+
 		checkInside(t, store)
 		store.Delete("key")
 		checkInside(t, store)
@@ -631,6 +680,7 @@ func TestSearchComparesLittle(t *testing.T) {
 	for i := range list {
 		list[i] = none
 	}
+
 	if store.Has("key", none) || store.Remove("key", none) ||
 		store.Update("key", none, "new") || store.Has("other", none) {
 		t.Error("a value was compared that has another hash")
@@ -648,6 +698,7 @@ func TestHintMayBeWrong(t *testing.T) {
 		for i := range values {
 			store.Put("key", fmt.Sprint(i))
 		}
+
 		updated, removed := store.UpdateAt("key", "3", "new", hint), store.RemoveAt("key", "4", hint)
 		if updated != 3 || removed != 3 {
 			t.Errorf("with the hint %d the values at %d and %d went, want 3 and 3", hint, updated, removed)
@@ -664,6 +715,7 @@ func TestViewAllocatesNothing(t *testing.T) {
 	for i := range 100 {
 		store.Put("long", fmt.Sprint(i))
 	}
+
 	var scratch [2]string
 	for _, key := range []string{"none", "one", "two", "long"} {
 		if got := testing.AllocsPerRun(100, func() { store.View(scratch[:], key) }); got != 0 {
@@ -681,9 +733,11 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 			n++
 			store.Set(fmt.Sprint(n%10), value)
 		}
+
 		for range 8_000_000 / size {
 			set() // until slabs are cleaned
 		}
+
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		const rounds = 300
@@ -694,6 +748,7 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 		if got := int(after.TotalAlloc - before.TotalAlloc); got > rounds*size/10 {
 			t.Errorf("%d Sets of %d bytes took %d bytes of new memory", rounds, size, got)
 		}
+
 		for i, show := range []func() string{
 			func() string { return store.View(nil, "1")[0] },
 			func() string { return store.Snapshot().View(nil, "1")[0] },
@@ -719,12 +774,14 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 	for i := range keys {
 		store.Set(fmt.Sprint("key", i), value)
 	}
+
 	snapshot := store.Snapshot()
 	for i := range keys {
 		if i%2 > 0 {
 			store.Delete(fmt.Sprint("key", i))
 		}
 	}
+
 	places := func() (at [keys / 2]uint64) {
 		for i := range at {
 			found, _ := store.find(fmt.Sprint("key", 2*i))
@@ -737,11 +794,14 @@ func TestNothingIsMovedForNothing(t *testing.T) {
 			store.Set(fmt.Sprint("new", i%5000), value)
 		}
 	}
+
 	before := places()
 	if write(); places() != before {
 		t.Error("entries were moved beside the snapshot")
 	}
 	checkInside(t, store)
+
+	// The store's reference to the snapshot is weak: the collector ends it.
 	runtime.KeepAlive(snapshot)
 	runtime.GC()
 	if write(); places() == before {
@@ -758,9 +818,11 @@ func TestTouch(t *testing.T) {
 		keys = append(keys, fmt.Sprint(i))
 		store.Put(keys[i], "value")
 	}
+
 	for _, n := range []int{0, 1, touchMost, touchMost + 1, 10 * touchMost} {
 		store.Touch(append(slices.Clone(keys[:n]), "none"))
 	}
+
 	if !store.TouchPays() || NewMemory().TouchPays() {
 		t.Error("a large store is not to be touched, or an empty one is")
 	}
@@ -781,6 +843,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 		for i := range keys {
 			store.Put(fmt.Sprint("key", i), "v")
 		}
+
 		before := store.Footprint()
 		for i := range keys {
 			store.Expire(fmt.Sprint("key", i), at(i))
@@ -788,12 +851,14 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 		if got := (store.Footprint() - before) / keys; got > 46 { // and pages that are not full
 			t.Errorf("%s: a deadline takes %d bytes", name, got)
 		}
+
 		for i := range keys * 9 / 10 { // most deadlines go, and leave gaps
 			store.Expire(fmt.Sprint("key", i), 0)
 		}
 		if got := store.deadlines.bytes() / (keys / 10); got > 60 {
 			t.Errorf("%s: the end of a key that is left takes %d bytes", name, got)
 		}
+
 		last := int64(0)
 		for n := 0; n < keys/10; n++ {
 			key, ok := store.NextDue(math.MaxInt64)
@@ -805,6 +870,7 @@ func TestDeadlinesTakeLittle(t *testing.T) {
 			last = at
 			store.Delete(key)
 		}
+
 		if key, ok := store.NextDue(math.MaxInt64); ok {
 			t.Fatalf("%s: %q is due, and has no deadline", name, key)
 		}
@@ -820,6 +886,7 @@ func TestTakeFromALongList(t *testing.T) {
 		for i := range values {
 			store.Put("key", fmt.Sprint(i))
 		}
+
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		for i := range values {
@@ -830,10 +897,12 @@ func TestTakeFromALongList(t *testing.T) {
 				t.Fatalf("Take %d = %q, %v", i, got, ok)
 			}
 		}
+
 		runtime.ReadMemStats(&after)
 		if got := (after.TotalAlloc - before.TotalAlloc) / values; got > 200 {
 			t.Errorf("a Take copies %d bytes", got)
 		}
+
 		if _, ok := store.Take("key"); ok || store.Count("key") != 0 {
 			t.Error("more was taken than there was")
 		}
@@ -875,16 +944,19 @@ func measureMemory(b *testing.B, size int) {
 	took := make([]time.Duration, size)
 	store := NewMemory()
 	key := make([]byte, 0, 12)
+
 	for i := range size {
 		key = fmt.Appendf(key[:0], "key%09d", i)
 		start := time.Now()
 		store.Put(string(key), "vvvvvvvvvvvvvvvv")
 		took[i] = time.Since(start)
 	}
+
 	slices.Sort(took)
 	b.ReportMetric(float64(took[size-1-size/100_000].Microseconds()), "µs/slowest-put")
 	took = nil
 	b.ReportMetric(float64(store.Footprint())/float64(size), "B/key")
+
 	update := func() {
 		key = fmt.Appendf(key[:0], "key%09d", random.IntN(size))
 		store.Update(string(key), "vvvvvvvvvvvvvvvv", "vvvvvvvvvvvvvvvv")
@@ -893,10 +965,13 @@ func measureMemory(b *testing.B, size int) {
 		update()
 	}
 	b.ReportMetric(float64(store.Footprint())/float64(size), "B/key-updated")
+
+	// The garbage of the updates is no part of what is measured.
 	runtime.GC()
 	start := time.Now()
 	runtime.GC()
 	b.ReportMetric(float64(time.Since(start).Microseconds()), "µs/collection")
+
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	start = time.Now()
@@ -908,6 +983,7 @@ func measureMemory(b *testing.B, size int) {
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	b.ReportMetric(100*(float64(after.HeapAlloc)/float64(before.HeapAlloc)-1), "%/snapshot-memory")
+
 	n := 0
 	for range snapshot.All() {
 		n++
@@ -930,6 +1006,7 @@ func BenchmarkSnapshot(b *testing.B) {
 			for i := range what.keys * what.values {
 				store.Put(fmt.Sprint("key", i%what.keys), value)
 			}
+
 			for b.Loop() {
 				store.Snapshot()
 			}
@@ -947,6 +1024,7 @@ func BenchmarkChain(b *testing.B) {
 			b.Run(fmt.Sprintf("keys=%d/touched=%v", size, touched), func(b *testing.B) {
 				var chain [256]string
 				var scratch [2]string
+
 				for i := 0; b.Loop(); i++ {
 					if i%len(chain) == 0 {
 						for j := range chain {
@@ -969,6 +1047,7 @@ func benchmarkKeys(b *testing.B, do func(store *Memory, key string, i int)) {
 			store, keys := fill(size)
 			rand.New(rand.NewPCG(1, 2)).Shuffle(size,
 				func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
+
 			b.ReportAllocs()
 			i := 0
 			for b.Loop() {
@@ -999,16 +1078,19 @@ func BenchmarkLong(b *testing.B) {
 		for i := range size {
 			store.Put("key", fmt.Sprint(i))
 		}
+
 		b.Run(fmt.Sprint("Get/values=", size), func(b *testing.B) {
 			for b.Loop() {
 				store.Get("key")
 			}
 		})
+
 		next := size
 		update := func(place int) {
 			store.Update("key", fmt.Sprint(next-size+place), fmt.Sprint(next))
 			next++
 		}
+
 		b.Run(fmt.Sprint("UpdateFirst/values=", size), func(b *testing.B) {
 			for b.Loop() {
 				update(0)
@@ -1050,6 +1132,7 @@ func TestStoreOf(t *testing.T) {
 	if !store.Has("k", "second") || store.Has("k", "third") || store.Has("none", "") {
 		t.Error("Has is wrong about what is there")
 	}
+
 	if keys, values, bytes := store.Size(); keys >= 0 || values >= 0 || bytes >= 0 {
 		t.Errorf("Size claims %d, %d, %d", keys, values, bytes)
 	}

@@ -31,6 +31,7 @@ func TestPlainIsAStore(t *testing.T) {
 func TestMemoryInside(t *testing.T) {
 	random := rand.New(rand.NewPCG(3, 3))
 	store, m := kvstore.NewMemory(), storetest.NewModel()
+
 	value := func() string {
 		size := random.IntN(20)
 		switch what := random.IntN(100); {
@@ -44,6 +45,7 @@ func TestMemoryInside(t *testing.T) {
 		}
 		return strings.Repeat(string(rune('a'+random.IntN(3))), size)
 	}
+
 	type kept struct {
 		snapshot kvstore.Snapshot
 		held     storetest.Model
@@ -51,12 +53,14 @@ func TestMemoryInside(t *testing.T) {
 	var snapshots []kept
 	type shown struct{ got, want []string }
 	var views []shown
+
 	steps := kvstore.MemorySteps(t, 2)
 	for i := range steps {
 		many := 20_000
 		if i/(steps/10)%2 == 1 {
 			many = 500 // so most keys are deleted
 		}
+
 		x := storetest.Step{Key: fmt.Sprint(random.IntN(20_000)), Value: value(), Other: value(),
 			At: int64(i + random.IntN(steps/5))}
 		if random.IntN(50) == 0 {
@@ -65,6 +69,8 @@ func TestMemoryInside(t *testing.T) {
 		if list := m.Get(x.Key); len(list) > 0 && random.IntN(3) > 0 {
 			x.Value = list[random.IntN(len(list))]
 		}
+
+		// While there are too many keys, most steps delete one.
 		keys, _, _ := store.Size()
 		switch what := random.IntN(17); {
 		case keys > many && what < 10, what == 0:
@@ -84,6 +90,7 @@ func TestMemoryInside(t *testing.T) {
 		default:
 			x.Op = "Deadline"
 		}
+
 		x.Do(t, store, m)
 
 		// Now and then keys that are due are deleted. Snapshots and views are kept for a while.
@@ -94,6 +101,7 @@ func TestMemoryInside(t *testing.T) {
 				}
 			}
 		}
+
 		if random.IntN(2) == 0 {
 			views = append(views, shown{store.View(nil, x.Key), slices.Clone(m.Get(x.Key))})
 		}
@@ -117,6 +125,7 @@ func TestMemoryInside(t *testing.T) {
 		}
 		views = nil
 	}
+
 	for key := range m.Clone().All() {
 		store.Delete(key)
 	}
@@ -152,6 +161,7 @@ func play(t *testing.T, script []byte) {
 	store, m := kvstore.NewMemory(), storetest.NewModel()
 	var snapshots []kvstore.Snapshot
 	var held []storetest.Model
+
 	for ; len(script) >= 3; script = script[3:] {
 		what, key, size := script[0]%11, strings.Repeat("k", int(script[1])), int(script[2])
 		x := storetest.Step{Key: key, Value: strings.Repeat("v", len(key)), At: int64(size)}
@@ -159,6 +169,7 @@ func play(t *testing.T, script []byte) {
 			size *= size
 		}
 		x.Other = strings.Repeat("v", size)
+
 		switch what {
 		case 2, 3:
 			x.Op = "Update"
@@ -176,8 +187,10 @@ func play(t *testing.T, script []byte) {
 				9: "Expire"}[what]
 			x.Value = x.Other
 		}
+
 		x.Do(t, store, m)
 	}
+
 	storetest.CheckSame(t, store, m)
 	kvstore.CheckInside(t, store)
 	for i, s := range snapshots {

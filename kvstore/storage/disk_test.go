@@ -31,6 +31,7 @@ func TestDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+
 	read := func(name string) string {
 		t.Helper()
 		f, size, err := d.Open(name)
@@ -38,11 +39,13 @@ func TestDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.Close()
+
 		b := make([]byte, size+10)
 		n, err := f.ReadAt(b, 0)
 		if err != io.EOF || int64(n) != size {
 			t.Errorf("%s of %d bytes: %d, %v", name, size, n, err)
 		}
+
 		if _, err := f.WriteAt([]byte("x"), 0); err == nil {
 			t.Errorf("%s was opened to be read, and is written", name)
 		}
@@ -56,6 +59,7 @@ func TestDisk(t *testing.T) {
 	if got := read("b"); got != "first\x00\x00\x00THIRD" {
 		t.Errorf("a file is %q", got)
 	}
+
 	f, _ := d.Extend("b")
 	if err := errors.Join(f.Truncate(3), f.Close()); err != nil || read("b") != "fir" {
 		t.Errorf("cut off it is %q, %v", read("b"), err)
@@ -68,6 +72,7 @@ func TestDisk(t *testing.T) {
 	if err := errors.Join(d.Rename("a", "c"), d.Sync()); err != nil || read("c") != "other" {
 		t.Errorf("renamed: %v", err)
 	}
+
 	write("a", "another", 0)
 	if err := d.Rename("a", "c"); err != nil || read("c") != "another" {
 		t.Errorf("renamed to a name that is there: %v", err)
@@ -75,6 +80,7 @@ func TestDisk(t *testing.T) {
 	if names, err := d.List(); err != nil || !slices.Equal(names, []string{"b", "c"}) {
 		t.Errorf("it has %q, %v", names, err)
 	}
+
 	if err := d.Remove("b"); err != nil {
 		t.Error(err)
 	}
@@ -103,6 +109,7 @@ func TestStampsOfADisk(t *testing.T) {
 		}
 		return s
 	}
+
 	f, _ := d.Create("file")
 	f.WriteAt([]byte("12345678"), 0)
 	was, err := f.Stamp()
@@ -112,14 +119,18 @@ func TestStampsOfADisk(t *testing.T) {
 	if now := stamps(other); len(now) != 1 || !now["file"].IsSame(was) || was.Size != 8 {
 		t.Errorf("it was %v and is %v", was, now)
 	}
+
 	os.Rename(filepath.Join(path, "file"), filepath.Join(path, "away"))
 	if now, err := f.Stamp(); err != nil || !now.IsSame(was) {
 		t.Errorf("renamed it says that it is %v, %v", now, err)
 	}
+
 	f.Close()
 	if _, err := f.Stamp(); err == nil {
 		t.Error("closed it says what it is")
 	}
+
+	// Another file of the same content takes its place.
 	f, _ = d.Create("file")
 	f.WriteAt([]byte("12345678"), 0)
 	f.Close()
@@ -127,6 +138,7 @@ func TestStampsOfADisk(t *testing.T) {
 	if now["file"].IsSameFile(was) || !now["away"].IsSame(was) {
 		t.Errorf("of %v the other one is %v, and it is %v", was, now["file"], now["away"])
 	}
+
 	os.Truncate(filepath.Join(path, "away"), 7)
 	if now := stamps(other)["away"]; !now.IsSameFile(was) || now.IsSame(was) || now.Size != 7 {
 		t.Errorf("%v was cut off, and is %v", was, now)
@@ -144,24 +156,29 @@ func TestMakeDisk(t *testing.T) {
 	os.Mkdir(there, 0o700)
 	os.Chown(from, 12345, 12345) // only root can do this; the test is as good without it
 	before, _ := os.Stat(there)
+
 	isThere := func(path string) bool {
 		_, err := os.Lstat(path)
 		return err == nil
 	}
+
 	for _, at := range []string{to, there} {
 		d, undo, err := MakeDisk(at, from, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		if info, _ := os.Stat(at); runtime.GOOS != "windows" && info.Mode().Perm() != 0o700 {
 			t.Errorf("%s has mode %v", at, info.Mode())
 		}
+
 		lock, err := d.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		lock.Close()
 		d.Close()
+
 		if after, _ := os.Stat(there); ownerOf(after) != ownerOf(before) {
 			t.Errorf("%s is %v's, and was %v's", there, ownerOf(after), ownerOf(before))
 		}
@@ -169,6 +186,7 @@ func TestMakeDisk(t *testing.T) {
 			t.Errorf("after undo %s is there: %v", at, isThere(at))
 		}
 	}
+
 	// Another process may have made its copy there meanwhile.
 	filled := filepath.Join(path, "filled")
 	d, undo, err := MakeDisk(filled, from, nil)
@@ -179,6 +197,7 @@ func TestMakeDisk(t *testing.T) {
 	for _, name := range []string{LockName, StoreName} {
 		os.WriteFile(filepath.Join(filled, name), nil, 0o600)
 	}
+
 	undo()
 	for _, name := range []string{LockName, StoreName} {
 		if !isThere(filepath.Join(filled, name)) {
@@ -195,6 +214,7 @@ func TestMakeDisk(t *testing.T) {
 			t.Errorf("%s: %v, want %v", at, err, want)
 		}
 	}
+
 	_, _, err = MakeDisk(to, filepath.Join(path, "none"), nil)
 	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)
@@ -207,6 +227,7 @@ func TestMadeDiskIsOnDisk(t *testing.T) {
 		return // Windows cannot sync a directory
 	}
 	defer func() { syncNames = (*os.File).Sync }()
+
 	around := t.TempDir()
 	to := filepath.Join(around, "to")
 	for _, answer := range []error{io.ErrShortWrite, nil} {
@@ -215,6 +236,7 @@ func TestMadeDiskIsOnDisk(t *testing.T) {
 			synced = append(synced, filepath.Clean(f.Name()))
 			return answer
 		}
+
 		d, _, err := MakeDisk(to, "", nil)
 		_, statErr := os.Stat(to)
 		if !errors.Is(err, answer) || !slices.Equal(synced, []string{around}) ||
@@ -245,11 +267,13 @@ func TestSyncAsksTheSystem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	if err := (diskFile{w}).Sync(); err == nil {
 		t.Error("a pipe is synced")
 	}
 	r.Close()
 	w.Close()
+
 	d, err := OpenDisk(t.TempDir(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -258,9 +282,11 @@ func TestSyncAsksTheSystem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	if err := errors.Join(f.Sync(), d.Sync()); err != nil {
 		t.Errorf("a file and a directory: %v", err)
 	}
+
 	f.Close()
 	d.Close()
 	if f.Sync() == nil || runtime.GOOS != "windows" && d.Sync() == nil {
@@ -278,10 +304,13 @@ func TestStampOfAnOverwrittenFile(t *testing.T) {
 		}
 		return stamps["f"]
 	}
+
 	os.WriteFile(d.Path("f"), []byte("a"), 0o600)
+	// A file system's clock may be coarse: the two writes must be far apart.
 	old := time.Now().Add(-time.Minute)
 	os.Chtimes(d.Path("f"), old, old)
 	before := stampOf()
+
 	os.WriteFile(d.Path("f"), []byte("b"), 0o600)
 	if after := stampOf(); after.Changed.Equal(before.Changed) {
 		t.Errorf("it was changed at %v before and after", before.Changed)

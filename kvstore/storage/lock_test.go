@@ -26,6 +26,7 @@ func TestInUseBesideALock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	other, stop := mustOpen(t, path), make(chan struct{})
 	var askers sync.WaitGroup
 	for range 2 {
@@ -40,12 +41,14 @@ func TestInUseBesideALock(t *testing.T) {
 			}
 		})
 	}
+
 	for range 100 {
 		os.Remove(filepath.Join(path, LockName))
 		if err := lock.(*diskLock).Verify(); err != nil {
 			t.Fatal(err)
 		}
 	}
+
 	close(stop)
 	askers.Wait()
 	lock.Close()
@@ -62,6 +65,7 @@ func TestLockLooksAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lock.Close()
+
 	verify := lock.Verify
 	os.Rename(path, path+".old")
 	if err := os.Symlink(path, path); err != nil {
@@ -71,14 +75,17 @@ func TestLockLooksAgain(t *testing.T) {
 	if err := verify(); err == nil || errors.Is(err, ErrMoved) {
 		t.Errorf("where the path is a loop: %v", err)
 	}
+
 	os.Remove(path)
 	if err := verify(); !errors.Is(err, ErrMoved) {
 		t.Errorf("where it is gone: %v", err)
 	}
+
 	os.Rename(path+".old", path)
 	if err := verify(); err != nil {
 		t.Errorf("where it is back: %v", err)
 	}
+
 	os.Rename(around, around+".old")
 	os.WriteFile(around, nil, 0o600)
 	if err := verify(); !errors.Is(err, ErrMoved) {
@@ -110,16 +117,19 @@ func TestRemovedLockStillLocks(t *testing.T) {
 				os.WriteFile(filepath.Join(path, LockName), nil, 0o600)
 				first, second := mustOpen(t, path), mustOpen(t, path)
 				first.isPlain, second.isPlain = isPlain, isPlain
+
 				lock, err := first.Lock(t.Context())
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer lock.Close()
+
 				<-time.After(after)
 				os.Remove(filepath.Join(path, LockName))
 				if _, inUse := second.InUse(); !inUse && !isPlain {
 					t.Errorf("plain %v: it is in use, and nobody says so", isPlain)
 				}
+
 				if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 					t.Errorf("plain %v, removed after %v: %v", isPlain, after, err)
 				}
@@ -143,11 +153,14 @@ func TestLockRemovedWhileItIsTried(t *testing.T) {
 		os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
 		first, second := mustOpen(t, path), mustOpen(t, path)
 		first.isPlain, second.isPlain = true, true
+
 		lock, err := first.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer lock.Close()
+
+		// Between two of the tries, which go on for 50 ms.
 		time.AfterFunc(12*time.Millisecond, func() { os.Remove(filepath.Join(path, LockName)) })
 		if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 			t.Errorf("the second one: %v", err)
@@ -184,6 +197,7 @@ func TestOddPaths(t *testing.T) {
 			t.Errorf("%q: %v, want %q", path, err, want)
 		}
 	}
+
 	file := filepath.Join(t.TempDir(), "file ")
 	os.WriteFile(file, nil, 0o600)
 	_, err := OpenDisk(file, nil)
@@ -201,6 +215,7 @@ func TestPipeIsNoFile(t *testing.T) {
 	if err := exec.Command("mkfifo", filepath.Join(path, StoreName)).Run(); err != nil {
 		t.Fatal(err)
 	}
+
 	d := mustOpen(t, path)
 	if _, _, err := d.Open(StoreName); !errors.Is(err, ErrNotOurs) {
 		t.Errorf("a named pipe: %v", err)
@@ -220,6 +235,7 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer lock.Close()
+
 		name := filepath.Join(path, LockName)
 		os.Remove(name)
 		os.WriteFile(name, []byte("another"), 0o600)
@@ -242,6 +258,7 @@ func TestLinkForPlainLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lock.Close()
+
 	os.Remove(filepath.Join(path, LockName))
 	os.Symlink("nowhere", filepath.Join(path, LockName))
 	if err := lock.Verify(); !errors.Is(err, ErrMoved) {
@@ -274,6 +291,7 @@ func TestReplacedLock(t *testing.T) {
 		t.Cleanup(func() { f.Close() })
 		os.Rename(filepath.Join(elsewhere, LockName), name)
 	}
+
 	for _, c := range []struct {
 		what    string
 		replace func(name string)
@@ -291,21 +309,26 @@ func TestReplacedLock(t *testing.T) {
 		first, second := mustOpen(t, path), mustOpen(t, path)
 		first.log = slog.New(slog.NewTextHandler(log, nil))
 		first.isPlain, second.isPlain = c.isPlain, c.isPlain
+
 		lock, err := first.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		c.replace(name)
 		if !c.isPlain {
 			if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 				t.Errorf("%s: a second one has the lock: %v", c.what, err)
 			}
 		}
+
+		// If the lock is not lost, the first call makes LOCK again, and the second one finds it.
 		for range 2 {
 			if err := lock.Verify(); c.isLost != errors.Is(err, ErrMoved) || !c.isLost && err != nil {
 				t.Errorf("%s: %v", c.what, err)
 			}
 		}
+
 		text, _ := os.ReadFile(name)
 		lines := strings.Count(log.String(), "\n")
 		isOurs := strings.Contains(string(text), fmt.Sprint(os.Getpid()))
@@ -325,13 +348,16 @@ func TestFailedLockLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	if _, err := d.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 		t.Errorf("beside an older one: %v", err)
 	}
+
 	f.Close()
 	if owner, inUse := d.InUse(); inUse {
 		t.Errorf("it is in use %s", owner)
 	}
+
 	lock, err := d.Lock(t.Context())
 	if err != nil {
 		t.Fatalf("once that has gone: %v", err)

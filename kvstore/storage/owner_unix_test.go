@@ -38,12 +38,14 @@ func TestFilesOfRoot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		given = nil
 		f, err := d.Create("ours")
 		if err != nil || len(given) != 0 {
 			t.Fatalf("a file that its owner has made: %v, %q was given", err, given)
 		}
 		f.Close()
+
 		info, _ := os.Stat(path)
 		d.give("ours", ofSomebody{info})
 		d.give("ours", ofSomebody{info})

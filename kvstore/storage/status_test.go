@@ -29,6 +29,7 @@ func TestHistogram(t *testing.T) {
 				sum += bound * 2.5
 			}
 		}
+
 		atMost, all, total := h.Read()
 		var want []int64
 		n := 0
@@ -36,6 +37,7 @@ func TestHistogram(t *testing.T) {
 			n += 2*i + 1 // i+1 on this bound, i above the one before
 			want = append(want, int64(n))
 		}
+
 		if n += len(bounds); !slices.Equal(atMost, want) || all != int64(n) {
 			t.Errorf("counts %v: %v of %d, want %v of %d", counts, atMost, all, want, n)
 		}
@@ -43,6 +45,7 @@ func TestHistogram(t *testing.T) {
 			t.Errorf("counts %v: together %v, want %v", counts, total, sum)
 		}
 	}
+
 	first, last := secondBounds[0], secondBounds[len(secondBounds)-1]
 	if first != 0.0001 || last < 5 {
 		t.Errorf("from %v to %v seconds", first, last)
@@ -56,6 +59,7 @@ func TestStatus(t *testing.T) {
 	if s.Stage() == "" || !s.Confirmed().IsZero() {
 		t.Errorf("at first %q, %v", s.Stage(), s.Confirmed())
 	}
+
 	now := time.Now()
 	s.Set("")
 	s.Confirm(now)
@@ -83,6 +87,7 @@ func TestDamageSaysWhere(t *testing.T) {
 			t.Errorf("%q can be there at the next look: %v", c.want, got)
 		}
 	}
+
 	for err, want := range map[error]bool{syscall.ENOSPC: true, syscall.EDQUOT: true,
 		&os.PathError{Err: syscall.ENOSPC}: true, syscall.EIO: false, os.ErrNotExist: false} {
 		if IsFull(err) != want {
@@ -94,6 +99,7 @@ func TestDamageSaysWhere(t *testing.T) {
 // Ensure that a stamp tells a file from another one, and from itself after any change.
 func TestStamps(t *testing.T) {
 	was := Stamp{ID: 1, Size: 2, Changed: time.Unix(3, 0)}
+
 	for _, c := range []struct {
 		now            Stamp
 		sameFile, same bool

@@ -33,10 +33,12 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		again := make(chan os.Signal)
 		served, err := storage.WatchTLS(cert, key, ca, slog.New(slog.NewTextHandler(&log, nil)), again)
 		is.OK(t, err)
+
 		shown := func() string {
 			now, _ := served.GetConfigForClient(nil)
 			return string(now.Certificates[0].Leaf.Raw)
 		}
+
 		at := time.Now()
 		put := func(name string, data []byte) {
 			file := filepath.Join(dir, name)
@@ -46,14 +48,17 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			os.WriteFile(file, data, 0o600)
 			os.Chtimes(file, at, at)
 		}
+
 		for _, name := range []string{"server.pem", "server.key"} {
 			data, _ := os.ReadFile(filepath.Join(dir, name))
 			put(name, append(data, "\n\n\n\n"...)) // certificates differ in size by a few bytes
 		}
+
 		read := func(name string) []byte {
 			data, _ := os.ReadFile(filepath.Join(others, name))
 			return data
 		}
+
 		wantLog := func(d time.Duration, times map[string]int) {
 			t.Helper()
 			world.Pass(d)
@@ -62,6 +67,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 				is.Equal(t, fmt.Sprintf("%q in the log %s", text, told), strings.Count(told, text), want)
 			}
 		}
+
 		const look = storage.LookAgain + time.Second
 		bad := map[string]int{"cannot read the certificates again": 1}
 
@@ -71,17 +77,21 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			is.OK(t, os.Rename(ca+".pipe", ca))
 		}
 
+		// A new pair comes file by file.
 		world.Pass(look)
 		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
 		wantLog(2*look, bad)
 		is.Equal(t, "beside a pair that does not fit it shows the old one", shown() == first, true)
+
 		put("server.key", read("server.key"))
 		wantLog(look, map[string]int{"ends soon": 1}) // of the new one
 		second := shown()
 		is.Equal(t, "it shows a new pair", second != first, true)
 		now, _ := served.GetConfigForClient(nil)
 		is.Equal(t, "what it wants of clients beside a new pair", now.ClientAuth, tls.RequireAndVerifyClientCert)
+
+		// The CA is a file again, and the server's key is one that does not fit.
 		os.Remove(ca)
 		put("ca.pem", oldCA)
 		old, _ := os.ReadFile(filepath.Join(dir, "ca.key"))
@@ -91,6 +101,8 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 			wantLog(0, bad)
 		}
 		is.Equal(t, "told to read a bad key it shows the old pair", shown() == second, true)
+
+		// A warning comes with a file that is new, and when the server is told to read again.
 		put("server.key", read("server.key"))
 		world.Pass(look)
 		log.Take()
@@ -130,6 +142,7 @@ func TestTLSCertificateThatIsGone(t *testing.T) {
 		again := make(chan os.Signal)
 		_, err := storage.WatchTLS(cert, key, "", slog.New(slog.NewTextHandler(&log, nil)), again)
 		is.OK(t, err)
+
 		os.Remove(key)
 		log.Take()
 		again <- syscall.SIGHUP

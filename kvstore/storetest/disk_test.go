@@ -31,6 +31,7 @@ func TestSyncIsOfWhatWasThere(t *testing.T) {
 		f, _ := d.Create("file")
 		d.Sync()
 		f.WriteAt([]byte("old"), 0)
+
 		d.Before = func(c Call) error {
 			if c.What == "sync" {
 				d.Before = nil
@@ -42,11 +43,13 @@ func TestSyncIsOfWhatWasThere(t *testing.T) {
 			}
 			return nil
 		}
+
 		ended := false
 		d.After = func(c Call) { ended = ended || c.Name == "file" }
 		if err := f.Sync(); err != nil || !ended {
 			t.Fatalf("%v, and After was called: %v", err, ended)
 		}
+
 		got := leaves(d, func(after *Dir) string { return string(after.Names["file"].Data) })
 		if nested && !slices.Equal(got, []string{"newmore"}) {
 			t.Errorf("beside a later Sync it leaves %q", got)
@@ -63,9 +66,11 @@ func TestOrderOfNames(t *testing.T) {
 	d := New()
 	d.Create("old")
 	d.Sync()
+
 	d.Create("tmp")
 	d.Rename("tmp", "new")
 	d.Remove("old")
+
 	look := func(after *Dir) string {
 		return strings.Join(slices.Sorted(maps.Keys(after.Names)), "")
 	}
@@ -74,6 +79,7 @@ func TestOrderOfNames(t *testing.T) {
 		if got := leaves(d, look); !slices.Equal(got, want) {
 			t.Errorf("%s: a power failure leaves %q, want %q", what, got, want)
 		}
+
 		d.Sync()
 		if got := leaves(d, look); !slices.Equal(got, []string{"new"}) {
 			t.Errorf("%s: after a Sync a power failure leaves %q", what, got)
@@ -88,10 +94,12 @@ func TestLockedTwice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	second, err := d.Lock(context.Background())
 	if second != nil || !errors.Is(err, storage.ErrLocked) {
 		t.Errorf("a second lock: %v, %v", second, err)
 	}
+
 	lock.Close()
 	_, err = d.Lock(context.Background())
 	if err != nil {

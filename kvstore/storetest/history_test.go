@@ -20,10 +20,12 @@ func TestLinearizable(t *testing.T) {
 	take := func(from, to int64, got ...string) Operation {
 		return request("Take", "", "", len(got), from, to, got...)
 	}
+
 	mayGo := func(o Operation) Operation {
 		o.Failure = 1
 		return o
 	}
+
 	type history []Operation
 	ab := []string{"a", "b"}
 
@@ -40,6 +42,7 @@ func TestLinearizable(t *testing.T) {
 			"a b", true},
 		"unanswered and not there": {history{put("a", 1, 2), put("b", 3, 4), put("c", 5, 0)},
 			"a b", true},
+
 		"an unanswered Get": {history{put("a", 1, 2), get(3, 0)}, "a", true},
 		"an answered Put lost": {history{put("a", 1, 2), put("b", 3, 4), put("c", 5, 6)},
 			"a b", false},
@@ -66,6 +69,8 @@ func TestLinearizable(t *testing.T) {
 		"not taken, nor known": {history{put("a", 1, 2), take(3, 0)}, "a", true},
 		"taken before it came": {history{take(1, 2, "a"), put("a", 3, 4)}, "", false},
 		"back again":           {history{put("a", 1, 2), take(3, 4, "a")}, "a", false},
+
+		// Adds, Swaps, Counts and Removes depend on what the list holds.
 		"two Adds": {history{request("Add", "", "a", 1, 1, 4), request("Add", "", "b", 1, 2, 3)},
 			"a", false},
 		"an Add of two": {history{request("Add", "", "a", 0, 1, 4), request("Add", "", "b", 1, 2, 3)},
@@ -77,6 +82,8 @@ func TestLinearizable(t *testing.T) {
 		"a Count of the past": {history{put("a", 1, 2), request("Count", "", "", 0, 3, 4)}, "a", false},
 		"a Remove by two": {history{put("a", 1, 2), request("Remove", "a", "", 1, 3, 6),
 			request("Remove", "a", "", 1, 4, 5)}, "", false},
+
+		// A power failure may undo some of these.
 		"a power failure": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),
 			get(7, 8, "a")}, "a", true},
 		"none of power": {history{put("a", 1, 2), mayGo(put("b", 3, 4)), mayGo(take(5, 6, "a")),

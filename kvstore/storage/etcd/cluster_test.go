@@ -69,6 +69,7 @@ func (c *etcdCluster) startMember(i int) {
 	for j := range c.members {
 		all = append(all, fmt.Sprintf("m%d=%s", j, c.peer(j)))
 	}
+
 	c.members[i] = exec.Command("etcd", "--name", fmt.Sprint("m", i), "--data-dir",
 		filepath.Join(c.dir, fmt.Sprint("m", i)),
 		"--listen-client-urls", "http://"+c.client(i), "--advertise-client-urls", "http://"+c.client(i),
@@ -90,6 +91,7 @@ func (c *etcdCluster) keepServer(ctx context.Context, i int) {
 			c.t.Error(err)
 			return
 		}
+
 		c.mu.Lock()
 		c.servers[i] = cmd
 		c.mu.Unlock()
@@ -129,6 +131,7 @@ func (c *etcdCluster) leader() int {
 					Member string `json:"member_id"`
 				}
 			}
+
 			answer, err := asker.Post("http://"+c.client(i)+"/v3/maintenance/status", "",
 				strings.NewReader("{}"))
 			if err == nil {
@@ -151,9 +154,11 @@ func (c *etcdCluster) write(ctx context.Context) {
 			if err != nil {
 				continue
 			}
+
 			r := bufio.NewReader(conn)
 			fmt.Fprintln(conn, "Ack")
 			_, err = r.ReadString('\n')
+
 			for err == nil && ctx.Err() == nil {
 				n++
 				conn.SetDeadline(time.Now().Add(20 * time.Second))
@@ -162,6 +167,7 @@ func (c *etcdCluster) write(ctx context.Context) {
 				if line, err = r.ReadString('\n'); err != nil {
 					break
 				}
+
 				c.mu.Lock()
 				now := time.Now()
 				if line == ":OK 1\n" {
@@ -172,6 +178,7 @@ func (c *etcdCluster) write(ctx context.Context) {
 				c.longest, c.at = max(c.longest, now.Sub(c.at)), now
 				c.mu.Unlock()
 			}
+
 			conn.Close()
 		}
 	}
@@ -186,11 +193,13 @@ func (c *etcdCluster) read(ctx context.Context) {
 			if err != nil {
 				continue
 			}
+
 			r := bufio.NewReader(conn)
 			for err == nil && ctx.Err() == nil {
 				c.mu.Lock()
 				told := slices.Clone(c.acked)
 				c.mu.Unlock()
+
 				var list []string
 				if list, err = getList(conn, r); err == nil {
 					c.mu.Lock()
@@ -199,6 +208,7 @@ func (c *etcdCluster) read(ctx context.Context) {
 					c.check("a Get", list, told)
 				}
 			}
+
 			conn.Close()
 		}
 	}
@@ -210,6 +220,7 @@ func (c *etcdCluster) ask(at string, request, answer any) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+
 	asker := &http.Client{Timeout: 10 * time.Second}
 	for i := c.leader(); ; i = (i + 1) % len(c.members) {
 		r, err := asker.Post("http://"+c.client(i)+"/v3/"+at, "", bytes.NewReader(body))
@@ -255,6 +266,8 @@ func (c *etcdCluster) putBack() {
 			}
 		}
 	})
+
+	// What is answered now will be forgotten.
 	c.settle()
 	c.killMembers(func() {
 		for i := range c.members {
@@ -279,6 +292,7 @@ func (c *etcdCluster) writeSmall() {
 				return
 			}
 			defer conn.Close()
+
 			r := bufio.NewReader(conn)
 			for n := range commits {
 				fmt.Fprintf(conn, "Set:small%d:%d\nPing\n", i, n)
@@ -290,6 +304,7 @@ func (c *etcdCluster) writeSmall() {
 		})
 	}
 	wg.Wait()
+
 	var answer found
 	c.ask("kv/range", keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0"), CountOnly: true}, &answer)
 	if answer.Count > 1000 {
@@ -301,6 +316,7 @@ func (c *etcdCluster) writeSmall() {
 // time, wants reads to be answered and writes to be refused, and makes room again.
 func (c *etcdCluster) fill() {
 	value := make([]byte, 1<<20)
+
 	for n := 0; ; n++ {
 		rand.Read(value)
 		body, _ := json.Marshal(keyValue{Key: fmt.Append(nil, "other/", n), Value: value})
@@ -314,11 +330,13 @@ func (c *etcdCluster) fill() {
 		}
 		<-time.After(surveyTime / 5)
 	}
+
 	count := func() (reads, refused int) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		return c.reads, c.refused
 	}
+
 	reads, refused := count()
 	<-time.After(8 * time.Second)
 	if nowReads, nowRefused := count(); nowReads < reads+5 || nowRefused == refused {
@@ -326,6 +344,7 @@ func (c *etcdCluster) fill() {
 			nowRefused-refused)
 	}
 
+	// Room is made as an operator makes it.
 	c.delete("other/")
 	var status response
 	c.ask("kv/range", keyRange{Key: []byte("kv/lock")}, &status)
@@ -338,6 +357,8 @@ func (c *etcdCluster) fill() {
 		}
 		r.Body.Close()
 	}
+
+	// etcd refuses puts until its alarms are ended, however much room there is.
 	var list struct {
 		Alarms []map[string]string
 	}
@@ -383,12 +404,14 @@ func TestEtcdCluster(t *testing.T) {
 	if os.Getenv("KVSERVER_ETCD") == "" {
 		return
 	}
+
 	c := &etcdCluster{t: t, dir: t.TempDir(), at: time.Now()}
 	c.binary = filepath.Join(c.dir, "kvserver")
 	build := exec.Command("go", "build", "-o", c.binary, "kvserver")
 	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
+
 	for i := range c.ports {
 		c.ports[i] = freePort(t)
 		c.peers[i] = freePort(t)
@@ -400,12 +423,15 @@ func TestEtcdCluster(t *testing.T) {
 		c.addrs[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 		c.https[i] = fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	}
+
 	defer func() {
 		for _, cmd := range c.members {
 			send("CONT", cmd)
 			cmd.Process.Kill()
 		}
 	}()
+
+	// The first server serves before the second one starts, which stands by.
 	c.leader()
 	var servers sync.WaitGroup
 	t.Cleanup(servers.Wait)
@@ -413,17 +439,20 @@ func TestEtcdCluster(t *testing.T) {
 		servers.Go(func() { c.keepServer(t.Context(), i) })
 		c.active()
 	}
+
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() { c.write(ctx) })
 	wg.Go(func() { c.read(ctx) })
 	mixed := &mixed{t: t, addrs: c.addrs[:], asked: map[string][]*storetest.Operation{}}
 	wg.Go(func() { mixed.run(ctx) })
+
 	pause := func(long time.Duration, which ...*exec.Cmd) {
 		send("STOP", which...)
 		<-time.After(long)
 		send("CONT", which...)
 	}
+
 	for _, event := range []struct {
 		what string
 		do   func()
@@ -431,9 +460,11 @@ func TestEtcdCluster(t *testing.T) {
 		{"nothing", func() {}},
 		{"the server is killed", func() { send("KILL", c.server(c.active())) }},
 		{"the server is stopped", func() { send("TERM", c.server(c.active())) }},
+		// Shorter than lockTime, longer than it, and longer than patienceTime.
 		{"the server stands still for 3 s", func() { pause(3*time.Second, c.server(c.active())) }},
 		{"the server stands still for 8 s", func() { pause(8*time.Second, c.server(c.active())) }},
 		{"the server stands still for 12 s", func() { pause(12*time.Second, c.server(c.active())) }},
+
 		{"a member is killed", func() {
 			i := (c.leader() + 1) % 3
 			send("KILL", c.members[i])
@@ -452,11 +483,13 @@ func TestEtcdCluster(t *testing.T) {
 		{"all members stand still for 3 s", func() { pause(3*time.Second, c.members[:]...) }},
 		{"all members stand still for 15 s", func() { pause(15*time.Second, c.members[:]...) }},
 		{"all members are killed and started again", func() { c.killMembers(func() {}) }},
+
 		{"the lock is deleted", func() { c.delete("kv/lock") }},
 		{"the names are deleted", func() { c.delete("kv/n/") }},
 		{"the pieces are deleted", func() { c.delete("kv/d/") }},
 		{"all is deleted", func() { c.delete("kv/") }},
 		{"the members are put back by a few seconds", c.putBack},
+
 		{"many small commits", c.writeSmall},
 		{"the server is killed, after these", func() { send("KILL", c.server(c.active())) }},
 		{"the cluster is full", c.fill},
@@ -464,14 +497,18 @@ func TestEtcdCluster(t *testing.T) {
 		c.mu.Lock()
 		c.longest, c.at = 0, time.Now()
 		c.mu.Unlock()
+
 		event.do()
 		c.settle()
 		mixed.check(c.addrs[c.active()])
+
 		c.mu.Lock()
 		t.Logf("%-45s longest time without an answer %5.2f s, %d writes so far", event.what,
 			c.longest.Seconds(), len(c.acked))
 		c.mu.Unlock()
 	}
+
+	// The one that serves says so over HTTP, and the other one for whom it stands by.
 	active := c.active()
 	for i, want := range map[int]string{active: "200 ok",
 		1 - active: "503 standby: the data is in use by process "} {
@@ -485,6 +522,8 @@ func TestEtcdCluster(t *testing.T) {
 			t.Errorf("server %d, of which %d serves, says %q, want %q", i, active, got, want)
 		}
 	}
+
+	// Nothing is added to acked any more.
 	cancel()
 	wg.Wait()
 	conn, err := net.Dial("tcp", c.addrs[active])
@@ -492,11 +531,13 @@ func TestEtcdCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+
 	list, err := getList(conn, bufio.NewReader(conn))
 	if err != nil {
 		t.Error(err)
 	}
 	c.check("at the end", list, c.acked)
+
 	t.Logf("%d writes were answered, and %d reads; %d requests of all verbs have one order",
 		len(c.acked), c.reads, mixed.checked)
 }
@@ -515,6 +556,7 @@ func (c *etcdCluster) settle() {
 		c.mu.Lock()
 		before := len(c.acked)
 		c.mu.Unlock()
+
 		<-time.After(time.Second / 4)
 		c.mu.Lock()
 		if len(c.acked) == before {

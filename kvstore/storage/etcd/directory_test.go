@@ -22,6 +22,7 @@ func TestEtcdNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, _, lock := newFakeEtcd().locked(t)
 		defer lock.Close()
+
 		write := func(name, text string) {
 			t.Helper()
 			f, err := dir.Create(name)
@@ -33,6 +34,7 @@ func TestEtcdNames(t *testing.T) {
 				t.Error(err)
 			}
 		}
+
 		read := func(name string) string {
 			f, size, err := dir.Open(name)
 			if err != nil {
@@ -43,11 +45,13 @@ func TestEtcdNames(t *testing.T) {
 			f.ReadAt(b, 0)
 			return string(b)
 		}
+
 		write("a", "1")
 		write("b", "2")
 		if err := dir.Rename("a", "b"); err != nil {
 			t.Error(err)
 		}
+
 		write("c", "3")
 		write("c", "4")
 		if list, err := dir.List(); !slices.Equal(list, []string{"b", "c"}) || err != nil {
@@ -58,6 +62,7 @@ func TestEtcdNames(t *testing.T) {
 				t.Errorf("%s holds %q, want %q", name, got, want)
 			}
 		}
+
 		f, _, err := dir.Open("c")
 		if err := errors.Join(err, dir.Remove("c")); err != nil {
 			t.Error(err)
@@ -65,6 +70,7 @@ func TestEtcdNames(t *testing.T) {
 		if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a file that was removed reads as %v", err)
 		}
+
 		for what, err := range map[string]error{"rename": dir.Rename("x", "y"),
 			"remove": dir.Remove("x")} {
 			if !errors.Is(err, fs.ErrNotExist) {
@@ -79,10 +85,12 @@ func TestEtcdSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
+		// More keys than a process without the lock lists, and all sort before the pieces.
 		for i := range 2 * othersMost {
 			e.put(fmt.Sprint("kv/a", i), "x")
 		}
 		e.put("kv/d/"+strings.Repeat("A", 26)+"-1/00000000-000000000000-000001", "x")
+
 		if err := dir.Sync(); err != nil || len(e.orphans()) > 0 {
 			t.Errorf("%d pieces without a name stay: %v", len(e.orphans()), err)
 		}
@@ -95,6 +103,7 @@ func TestEtcdSweepAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
+
 		for _, name := range []string{"f", "g"} {
 			f, err := dir.Create(name)
 			if err == nil {
@@ -104,11 +113,13 @@ func TestEtcdSweepAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		synctest.Wait()
 		w.at, w.fault = w.count()+2, doubtful // the first request removes the name
 		if err := dir.Remove("f"); err == nil || len(e.orphans()) == 0 {
 			t.Errorf("%v, and %d pieces stay", err, len(e.orphans()))
 		}
+
 		if err := dir.Sync(); err != nil || len(e.orphans()) > 0 {
 			t.Errorf("after a Sync %d pieces stay: %v", len(e.orphans()), err)
 		}
@@ -130,6 +141,7 @@ func TestEtcdOddKeys(t *testing.T) {
 				t.Errorf("beside %s: %v, and then there are %d keys", key, err, len(e.kvs))
 			}
 		}
+
 		for _, piece := range []string{
 			"00000001-000000000000-7fffffffffffffff", "00000001-000000000000-10000000000",
 			"00000001--00000000001-000001",
@@ -140,6 +152,7 @@ func TestEtcdOddKeys(t *testing.T) {
 			d, _ := e.open(t)
 			d.Put("k", "v")
 			d.Close()
+
 			id := e.kvs["kv/n/seg-1.log"].Value
 			e.put(fmt.Sprintf("kv/d/%s/%s", id, piece), "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")
@@ -157,22 +170,26 @@ func TestEtcdOddKeys(t *testing.T) {
 func TestEtcdInnerPrefix(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
+
 		open := func(prefix string) (*durable.Store, error) {
 			dir, _ := e.dir(t, t.Context(), "new:9999")
 			dir.prefix, dir.name = prefix+"/", "etcd://a:1,b:1/"+prefix
 			return durable.Open(t.Context(), dir, durable.Options{})
 		}
+
 		outer, err := open("a/kv")
 		if err != nil {
 			t.Fatal(err)
 		}
 		commit(t, outer, h, "k", "v")
+
 		for _, inside := range []string{"a/kv/x", "a/kv/x/y", "a/kv/n", "a/kv/d/x"} {
 			if _, err := open(inside); !errors.Is(err, storage.ErrNotOurs) ||
 				!strings.Contains(err.Error(), "a/kv/") {
 				t.Errorf("%s: %v", inside, err)
 			}
 		}
+
 		beside, err := open("a/kvx")
 		if err != nil {
 			t.Fatal(err)
@@ -181,12 +198,14 @@ func TestEtcdInnerPrefix(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		for _, d := range []*durable.Store{around, beside, outer} {
 			d.Put("k", "v")
 			if err := d.Close(); err != nil {
 				t.Error(err)
 			}
 		}
+
 		for _, prefix := range []string{"a", "a/kv", "a/kvx"} {
 			d, err := open(prefix)
 			if err != nil {
@@ -207,11 +226,13 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		if err := storetest.Script(t, d, h); err != nil {
 			t.Fatal(err)
 		}
+
 		dir, _ := e.dir(t, t.Context(), "")
 		if r, err := durable.Check(dir); err != nil || r.Damaged ||
 			!strings.Contains(fmt.Sprint(r.Lines), "in use  by process") {
 			t.Errorf("check beside a server: %v, %v", r, err)
 		}
+
 		local, err := storage.OpenDisk(t.TempDir(), nil)
 		if err != nil {
 			t.Fatal(err)
@@ -219,6 +240,7 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		if _, err := durable.Backup(dir, local); err != nil {
 			t.Errorf("backup beside a server: %v", err)
 		}
+
 		d.Close()
 		other := newFakeEtcd()
 		back, _ := other.dir(t, t.Context(), "")
@@ -228,6 +250,7 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		checkKept(t, h, local, "the copy on a disk")
 		back, _ = other.dir(t, t.Context(), "third:9999")
 		checkKept(t, h, back, "the copy of the copy")
+
 		for key, kv := range e.kvs {
 			if strings.HasPrefix(key, "kv/d/") && len(kv.Value) > 200 {
 				kv.Value[len(kv.Value)/2] ^= 1
@@ -236,6 +259,7 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		if r, err := durable.Check(dir); err != nil || !r.Damaged {
 			t.Errorf("check of what is damaged: %v, %v", r, err)
 		}
+
 		repairer, _ := e.dir(t, t.Context(), "")
 		saved, _ := newFakeEtcd().dir(t, t.Context(), "")
 		if r, err := durable.Repair(repairer, saved); err != nil || !r.Lost {
@@ -254,6 +278,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
+
 			i := 0
 			more := func(times int) {
 				for range times {
@@ -263,6 +288,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 				}
 				d.AwaitCompaction()
 			}
+
 			more(40)
 			dir, w := e.dir(t, t.Context(), "")
 			w.before = func(request int) {
@@ -270,6 +296,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 					more(60)
 				}
 			}
+
 			local, err := storage.OpenDisk(t.TempDir(), nil)
 			if err != nil {
 				t.Fatal(err)
@@ -278,6 +305,8 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 				t.Errorf("the server compacts before request %d: %v", n, err)
 			}
 			reached = w.count() >= n
+
+			// Then a check beside a compaction: its requests are counted from one again.
 			w.mu.Lock()
 			w.requests = 0
 			w.mu.Unlock()
@@ -287,6 +316,7 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 			d.Close()
 		})
 	}
+
 	for _, to := range []string{"etcd://h:1/kv/copy", "etcd://h:1/kv", "etcd://h:1/k"} {
 		if Overlap("etcd://h:1/kv", to) != (to != "etcd://h:1/k") {
 			t.Errorf("a copy of kv in %s", to)
@@ -300,6 +330,7 @@ func TestEtcdBrokenOffBackup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	h := storetest.NewHistory()
 	d, err := durable.Open(t.Context(), local, durable.Options{Fsync: durable.FsyncNever})
 	if err != nil {
@@ -309,17 +340,20 @@ func TestEtcdBrokenOffBackup(t *testing.T) {
 		commit(t, d, h, fmt.Sprint(i), rand.Text())
 	}
 	d.Close()
+
 	for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
 		synctest.Test(t, func(t *testing.T) {
 			if local, err = storage.OpenDisk(local.Path(""), nil); err != nil {
 				t.Fatal(err)
 			}
+
 			e := newFakeEtcd()
 			to, w := e.dir(t, t.Context(), "")
 			w.at, w.fault = n, killed
 			_, err := durable.Backup(local, to)
 			reached = w.count() >= n
 			local.Close()
+
 			pieces := e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).Count
 			after, _ := e.dir(t, t.Context(), "new:9999")
 			d, openErr := durable.Open(t.Context(), after, durable.Options{})
@@ -332,6 +366,7 @@ func TestEtcdBrokenOffBackup(t *testing.T) {
 				!errors.As(openErr, new(*storage.DamageError)):
 				t.Errorf("killed before request %d: %v", n, openErr)
 			}
+
 			if openErr == nil {
 				d.Close()
 			}
@@ -346,15 +381,18 @@ func TestEtcdNamesAreGone(t *testing.T) {
 		d, _ := e.open(t)
 		commit(t, d, h, "k", "v")
 		d.Close()
+
 		before := e.copy()
 		e.delete("kv/n/")
 		count := len(e.kvs)
+
 		if _, err := e.tryOpen(t, time.Minute); !errors.As(err, new(*storage.DamageError)) {
 			t.Errorf("a start without names: %v", err)
 		}
 		if len(e.kvs) != count {
 			t.Errorf("%d keys are left of %d", len(e.kvs), count)
 		}
+
 		e.restore(before, e.id)
 		dir, _ := e.dir(t, t.Context(), "second:9999")
 		checkKept(t, h, dir, "with its names")
@@ -372,6 +410,7 @@ func TestEtcdStartIsKilledTwice(t *testing.T) {
 		dir, wire := e.dir(t, ctx, "x:9999")
 		wire.at, wire.fault = n, killed
 		d, _ := durable.Open(ctx, dir, durable.Options{})
+
 		isReached := wire.count() >= n
 		wire.kill()
 		if d != nil {
@@ -389,6 +428,7 @@ func TestEtcdStartIsKilledTwice(t *testing.T) {
 					isReached = false
 					return
 				}
+
 				isReached = start(t, e, second)
 				dir, _ := e.dir(t, t.Context(), "x:9999")
 				d, err := durable.Open(t.Context(), dir, durable.Options{})
@@ -406,6 +446,7 @@ func TestEtcdOpenIsStopped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		d, _ := e.open(t)
+
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Minute, cancel)
 		dir, _ := e.dir(t, ctx, "other:9999")
@@ -416,6 +457,7 @@ func TestEtcdOpenIsStopped(t *testing.T) {
 		if took := time.Since(began); took > time.Minute+time.Second {
 			t.Errorf("it takes %v", took)
 		}
+
 		d.Put("k", "v")
 		d.Close()
 		dir, _ = e.dir(t, t.Context(), "other:9999")

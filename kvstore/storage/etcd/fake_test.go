@@ -101,12 +101,15 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
 		text, _ = io.ReadAll(r.Body)
 	}
+
 	if !strings.Contains(r.URL.Path, "/kv/") && !strings.Contains(r.URL.Path, "/auth/") {
 		return w.ask(r)
 	}
+
 	if err := w.carry(r, len(text)); err != nil {
 		return nil, err
 	}
+
 	w.mu.Lock()
 	w.requests++
 	fault := etcdFault("")
@@ -116,6 +119,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	if w.draw != nil {
 		fault = w.draw()
 	}
+
+	// These faults begin with the request, whatever becomes of it.
 	switch fault {
 	case noSpace:
 		w.full = true
@@ -127,11 +132,14 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case expired:
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
+
+	// before may call methods that lock mu.
 	if number := w.requests; w.before != nil {
 		w.mu.Unlock()
 		w.before(number)
 		w.mu.Lock()
 	}
+
 	if w.down == r.URL.Host {
 		defer w.mu.Unlock()
 		if w.stranger {
@@ -139,6 +147,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return nil, syscall.ECONNREFUSED
 	}
+
+	// The sender of a delayed request never learns of it, and it arrives behind a later one.
 	if fault == delayed {
 		var t transaction
 		json.Unmarshal(text, &t)
@@ -149,6 +159,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		<-r.Context().Done()
 		return nil, r.Context().Err()
 	}
+
 	defer w.mu.Unlock()
 	var answer response
 	var err error
@@ -169,6 +180,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
 	}
+
 	isDue := w.requests%3 == 0
 	if w.lateBy > 0 {
 		isDue = w.requests == w.at+w.lateBy
@@ -177,6 +189,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.txn(w.late[0])
 		w.late = w.late[1:]
 	}
+
+	// The request was done, whatever its sender learns.
 	switch fault {
 	case tooLate:
 		w.mu.Unlock()
@@ -196,6 +210,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	case lostAnswer, doubtful:
 		return nil, io.ErrUnexpectedEOF
 	}
+
 	return reply(answer, err), nil
 }
 
@@ -219,6 +234,7 @@ func (w *etcdWire) carry(r *http.Request, size int) error {
 		long += time.Duration(size) * time.Second / time.Duration(w.rate)
 	}
 	w.mu.Unlock()
+
 	if long == 0 {
 		return nil
 	}
@@ -236,6 +252,7 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	answer.Header.Cluster, answer.Header.Member = e.id, r.URL.Host
 	quota := e.quota
 	w.mu.Unlock()
+
 	switch {
 	case isDown:
 		return nil, syscall.ECONNREFUSED
@@ -256,6 +273,7 @@ func (e *fakeEtcd) do(r *http.Request, text []byte, t transaction) (a response, 
 	if len(text) > e.most {
 		return a, &refusal{"etcdserver: request is too large", 3}
 	}
+
 	if strings.HasSuffix(r.URL.Path, "/auth/authenticate") {
 		if !bytes.Contains(text, []byte(`"secret"`)) {
 			return a, &refusal{"etcdserver: authentication failed, invalid user ID or password",
@@ -264,9 +282,11 @@ func (e *fakeEtcd) do(r *http.Request, text []byte, t transaction) (a response, 
 		e.logins++
 		return response{Token: e.token}, nil
 	}
+
 	if r.Header.Get("Authorization") != e.token {
 		return a, &refusal{"etcdserver: invalid auth token", 16}
 	}
+
 	if strings.HasSuffix(r.URL.Path, "/kv/compaction") {
 		e.forgot, e.past = e.revision, 0
 		return a, nil
@@ -286,14 +306,17 @@ func (e *fakeEtcd) find(q keyRange) (f found) {
 	if q.End == nil {
 		end = string(q.Key) + "\x00"
 	}
+
 	first, _ := slices.BinarySearch(e.keys, string(q.Key))
 	last, _ := slices.BinarySearch(e.keys, end)
+
 	if f.Count = int64(last - first); q.CountOnly {
 		return f
 	}
 	if q.Limit > 0 {
 		last = min(last, first+q.Limit)
 	}
+
 	for _, key := range e.keys[first:last] {
 		kv := e.kvs[key]
 		if q.KeysOnly {
@@ -349,6 +372,7 @@ func (e *fakeEtcd) remove(q keyRange) bool {
 		e.past += int64(len(kv.Key) + len(kv.Value))
 		delete(e.kvs, string(kv.Key))
 	}
+
 	first, _ := slices.BinarySearch(e.keys, string(kvs[0].Key))
 	e.keys = slices.Delete(e.keys, first, first+len(kvs))
 	return true
@@ -391,6 +415,7 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 			bytes.Equal(kv.Value, c.Value) || c.Target == "MOD" && (c.Result == "GREATER" &&
 			kv.Revision > c.Revision || c.Result == "" && kv.Revision == c.Revision))
 	}
+
 	if e.quota > 0 && t.puts() {
 		e.measure()
 		e.full = e.full || e.size+t.cost() >= e.quota
@@ -398,18 +423,23 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	if e.full && t.puts() {
 		return response{}, errNoSpace
 	}
+
 	ops := t.Failure
 	if a.Succeeded {
 		ops = t.Success
 	}
+
+	// A transaction that only reads makes no revision.
 	if slices.ContainsFunc(ops, func(op operation) bool { return op.Range == nil }) {
 		e.revision++
 	}
+
 	touched := map[string]bool{}
 	for _, op := range ops {
 		one := struct {
 			Range found `json:"response_range"`
 		}{}
+
 		switch {
 		case op.Put != nil && (touched[string(op.Put.Key)] || len(ops) > 128):
 			return response{}, &refusal{"etcdserver: duplicate key given in txn request", 3}
@@ -424,6 +454,7 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 		default:
 			one.Range = e.find(*op.Range)
 		}
+
 		a.Responses = append(a.Responses, one)
 	}
 	return a, nil
@@ -457,6 +488,7 @@ func (e *fakeEtcd) dir(t testing.TB, ctx context.Context, addr string) (*smallDi
 	if err != nil {
 		t.Fatal(err)
 	}
+
 	d := &smallDir{opened.(*directory)}
 	if e.token != "" && d.client.user == "" {
 		d.client.user, d.client.password = "root", "secret"
@@ -541,10 +573,12 @@ func checkKept(t *testing.T, h *storetest.History, dir storage.Directory, what s
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
+
 	if !h.Told.Equal(d) && !h.Done.Equal(d) {
 		t.Fatalf("%s: the store holds\n%v\nwant\n%v\nor\n%v", what, maps.Collect(d.All()), h.Told,
 			h.Done)
 	}
+
 	if err := d.Close(); err != nil {
 		t.Fatalf("%s: Close: %v", what, err)
 	}
@@ -560,6 +594,7 @@ func (e *fakeEtcd) orphans() (keys []string) {
 			named[string(kv.Value)] = true
 		}
 	}
+
 	for key := range e.kvs {
 		if id, isPiece := strings.CutPrefix(key, "kv/d/"); isPiece &&
 			!named[id[:strings.IndexByte(id, '/')]] {

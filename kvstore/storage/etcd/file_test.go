@@ -27,17 +27,20 @@ func TestEtcdFile(t *testing.T) {
 		dir, _, lock := e.locked(t)
 		defer lock.Close()
 		random := rand.New(rand.NewPCG(1, 1))
+
 		for round := range 30 {
 			f, err := dir.Create("file")
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			var want []byte
 			for range 40 {
 				at := len(want)
 				if random.IntN(3) == 0 {
 					at = random.IntN(len(want) + 1)
 				}
+
 				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
 				case 0:
 					f.Truncate(int64(at))
@@ -54,6 +57,7 @@ func TestEtcdFile(t *testing.T) {
 					}
 				default:
 					b := bytes.Repeat([]byte{byte(random.IntN(255) + 1)}, size)
+					// Bytes that are there already replace nothing.
 					copy(b, want[at:min(len(want), at+random.IntN(size+1))])
 					if _, err := f.WriteAt(b, int64(at)); err != nil {
 						t.Fatal(err)
@@ -63,6 +67,7 @@ func TestEtcdFile(t *testing.T) {
 					}
 				}
 			}
+
 			f.Sync()
 			again, size, err := dir.Open("file")
 			if err != nil {
@@ -74,6 +79,7 @@ func TestEtcdFile(t *testing.T) {
 					size, len(want), err)
 			}
 		}
+
 		if err := dir.Remove("file"); err != nil ||
 			e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
 			t.Errorf("a removed file leaves pieces: %v", err)
@@ -99,9 +105,12 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
+		// Slow enough for renames and writes to overlap.
 		w.mu.Lock()
 		w.slow = 70 * time.Millisecond
 		w.mu.Unlock()
+
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
@@ -110,12 +119,14 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 				<-time.After(10 * time.Millisecond)
 			}
 		}()
+
 		for i := range 30 {
 			names := []string{"a", "b", "a"}[i%2:]
 			if err := dir.Rename(names[0], names[1]); err != nil {
 				t.Fatal(err)
 			}
 		}
+
 		<-ended
 		if err := lock.Held(); err != nil || f.(*pieceFile).end() != 50 {
 			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).end())
@@ -159,6 +170,7 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
 			t.Fatal(err)
 		}
 		defer lock.Close()
+
 		f, err := dir.Create("file")
 		if err != nil {
 			t.Fatal(err)
@@ -206,6 +218,7 @@ func TestEtcdLateThenJoined(t *testing.T) {
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
 		f, _ := dir.Create("file")
+
 		random := make([]byte, 300<<10)
 		rand.NewChaCha8([32]byte{2}).Read(random)
 		at := int64(0)
@@ -247,6 +260,7 @@ func TestEtcdLateBesideALook(t *testing.T) {
 			dir, w, lock := e.locked(t)
 			defer lock.Close()
 			f, _ := dir.Create("file")
+
 			offset, sent := int64(0), [2]transaction{}
 			for i := range joinMost + 2 {
 				write(t, f, &offset, []byte("hello"))
@@ -264,6 +278,7 @@ func TestEtcdLateBesideALook(t *testing.T) {
 				}
 			}
 			w.mu.Unlock()
+
 			<-time.After(5 * surveyTime)
 			if err := lock.Held(); err != nil {
 				t.Errorf("before request %d: %v", at, err)
@@ -301,6 +316,7 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 			e := newFakeEtcd()
 			dir, _, lock := e.locked(t)
 			defer lock.Close()
+
 			f, _ := dir.Create("file")
 			at := int64(0)
 			for range 6 * (len(deleted) - 1) {
@@ -313,6 +329,7 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 			for _, key := range deleted {
 				e.delete(strings.Replace(key, "%s", id, 1))
 			}
+
 			f.WriteAt([]byte("more"), at)
 			if err := f.Sync(); err != nil {
 				t.Errorf("%s is deleted: %v", deleted, err)
@@ -344,6 +361,7 @@ func killedAfterALate(t *testing.T, n, by, at int) (reached bool) {
 	e, h := newFakeEtcd(), storetest.NewHistory()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby would wait without end
 	defer cancel()
+
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault, w.lateBy = n, delayed, by
 	w.before = func(n int) {
@@ -370,6 +388,7 @@ func killedAfterALate(t *testing.T, n, by, at int) (reached bool) {
 		<-d.Lost()
 		d.Close()
 	}
+
 	after, _ := e.dir(t, t.Context(), "second:9999")
 	checkKept(t, h, after, fmt.Sprintf("request %d, late by %d, killed at %d", n, by, at))
 	return reached
@@ -393,18 +412,21 @@ func TestEtcdReadAhead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		large := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{3}).Read(large)
 		size := int64(storetest.Fewer(6, 3)) << 20
 		for at := int64(0); at < size; {
 			write(t, f, &at, large)
 		}
+
 		before := w.count()
 		for at := int64(0); at < size; at += int64(len(large)) {
 			if n, err := f.ReadAt(large, at); n < len(large) {
 				t.Fatal(err)
 			}
 		}
+
 		// The first pages are smaller.
 		n, most := w.count()-before, 10+int(size/pageMost)
 		if n > most {
@@ -423,19 +445,23 @@ func TestEtcdJoinedWhileRead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		at := int64(0)
 		for range joinMost {
 			write(t, f, &at, []byte("x"))
 		}
+
 		reader, _ := e.dir(t, t.Context(), "")
 		was, size, err := reader.Open("file")
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		write(t, f, &at, []byte("x"))
 		if n, err := was.ReadAt(make([]byte, size), 0); n != joinMost {
 			t.Errorf("%d bytes are read of %d: %v", n, size, err)
 		}
+
 		now, _, err := reader.Open("file")
 		if a, b := was.(*pieceFile), now.(*pieceFile); err != nil || a.keys != 1 || b.keys != 1 {
 			t.Errorf("%d pieces are counted, and %d by a new reader: %v", a.keys, b.keys, err)
@@ -488,11 +514,13 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			for at := int64(0); at < 9; {
 				write(t, f, &at, fmt.Append(nil, 111*(1+at/3)))
 			}
+
 			dir, w := e.dir(t, t.Context(), "")
 			r, size, err := dir.Open("f")
 			if size != 9 || err != nil {
 				t.Fatalf("the file has %d bytes: %v", size, err)
 			}
+
 			n, want := do(f, w)
 			b := make([]byte, n)
 			got, err := r.ReadAt(b, 0)
@@ -514,6 +542,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 		}
 		dir, w := e.dir(t, t.Context(), "")
 		asked := 0
+
 		for at := int64(0); at < 60; {
 			write(t, f, &at, []byte("111"))
 			before := w.count()
@@ -522,6 +551,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			if err := errors.Join(err, listErr); size != at || err != nil {
 				t.Errorf("the file is opened with %d bytes of %d: %v", size, at, err)
 			}
+
 			if n := w.count() - before; asked > 0 && n != asked {
 				t.Errorf("a list and an Open of %d pieces take %d requests, and before %d", at/3, n, asked)
 			}
@@ -554,6 +584,7 @@ func TestEtcdSpoiledPieces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		for i := range 3 {
 			commit(t, d, h, fmt.Sprint("text", i), strings.Repeat("text", 500))
 			commit(t, d, h, fmt.Sprint("random", i), shrinking(1000, 1))
@@ -583,11 +614,13 @@ func TestEtcdSpoiledPieces(t *testing.T) {
 				next = storetest.Next(n, 2)
 				e.restore(whole.copy(), e.id)
 				e.put(key, string(value))
+
 				checker, _ := e.dir(t, t.Context(), "")
 				if r, err := durable.Check(checker); err == nil && !r.Damaged &&
 					!strings.Contains(fmt.Sprint(r.Lines), "holds 6 keys, 6 values, 9036 bytes") {
 					t.Errorf("%s is %s: %v", key, what, r.Lines)
 				}
+
 				saved, _ := newFakeEtcd().dir(t, t.Context(), "")
 				if _, err := durable.Repair(checker, saved); err != nil {
 					t.Errorf("repair where %s is %s: %v", key, what, err)
@@ -609,6 +642,7 @@ func TestEtcdManyPieces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		h := storetest.NewHistory()
 		put := func(key, value string) {
 			t.Helper()
@@ -618,19 +652,23 @@ func TestEtcdManyPieces(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
 		before := e.list(pieces).Count
 		put("text", strings.Repeat("text", 100<<10))
 		if n := e.list(pieces).Count - before; n != 1 {
 			t.Errorf("what shrinks enough is %d pieces", n)
 		}
+
 		put("quarter", shrinking(1<<20, 4))
 		if n := e.list(pieces).Count - before; n > 1+5+1 {
 			t.Errorf("with what shrinks to a quarter there are %d pieces", n)
 		}
+
 		random := make([]byte, 900<<10)
 		rand.NewChaCha8([32]byte{1}).Read(random)
 		put("large", string(random))
+
 		const commits = 700
 		for i := range commits {
 			put("small", fmt.Sprint(i))
@@ -652,6 +690,7 @@ func TestEtcdManyPieces(t *testing.T) {
 			var number int
 			var start, size int64
 			fmt.Sscanf(piece, "%x-%x-%x", &number, &start, &size)
+
 			for data := unpack(kv.Value, size); len(data) > 0; {
 				n := min(len(data), 192)
 				e.put(fmt.Sprintf("kv/d/%s/%08x-%012x-%06x", id, numbers[id], start, n),
@@ -660,9 +699,11 @@ func TestEtcdManyPieces(t *testing.T) {
 				numbers[id]++
 			}
 		}
+
 		if n := e.list(pieces).Count; n < 3*keysMost {
 			t.Fatalf("there are only %d pieces", n)
 		}
+
 		h.Told = h.Done.Clone()
 		dir, _ = e.dir(t, t.Context(), "new:9999")
 		checkKept(t, h, dir.directory, "a store of many pieces")
@@ -690,6 +731,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		w.dir.client.wasTooMuch(20 << 10)
 		const commits = 500
 		for i := range commits {
@@ -698,6 +740,7 @@ func TestEtcdJoinsOnASlowLink(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+
 		pieces := keyRange{Key: w.dir.key("d/"), End: below(w.dir.key("d/"))}
 		if n := e.list(pieces).Count; n > commits*2/3 {
 			t.Errorf("%d commits are %d pieces", commits, n)

@@ -27,6 +27,7 @@ func TestEtcdGone(t *testing.T) {
 		kvs := e.list(keyRange{Key: prefix, End: below(prefix)}).KVs
 		return string(kvs[max(0, len(kvs)-1-back)].Key)
 	}
+
 	current := func(e *fakeEtcd) string {
 		for n := 100; ; n-- {
 			if name := fmt.Sprintf("seg-%d.log", n); e.kvs["kv/n/"+name].Key != nil {
@@ -34,6 +35,7 @@ func TestEtcdGone(t *testing.T) {
 			}
 		}
 	}
+
 	snapshot := func(e *fakeEtcd) string {
 		for key := range e.kvs {
 			if name, ok := strings.CutPrefix(key, "kv/n/snap"); ok {
@@ -42,6 +44,7 @@ func TestEtcdGone(t *testing.T) {
 		}
 		return ""
 	}
+
 	takes := map[string]func(e *fakeEtcd, before *fakeEtcd){
 		"the last piece":          func(e, _ *fakeEtcd) { e.delete(last(e, current(e), 0)) },
 		"a piece of the newest":   func(e, _ *fakeEtcd) { e.delete(last(e, current(e), 1)) },
@@ -57,6 +60,7 @@ func TestEtcdGone(t *testing.T) {
 		"some seconds":            func(e, before *fakeEtcd) { e.restore(before, e.id) },
 		"some seconds, elsewhere": func(e, before *fakeEtcd) { e.restore(before, "2") },
 	}
+
 	n, next := 0, 0
 	for _, what := range slices.Sorted(maps.Keys(takes)) {
 		for _, then := range []string{"a write", "writes", "a read", "nothing", "a pause",
@@ -65,16 +69,19 @@ func TestEtcdGone(t *testing.T) {
 				continue
 			}
 			next = storetest.Next(n, 2)
+
 			// A write does not see that these are gone. A check does, within a second.
 			if then == "a write and a kill" && slices.Contains([]string{"a piece of the newest",
 				"a piece of a snapshot", "the identity", "its pieces", "the step"}, what) {
 				continue
 			}
+
 			t.Run(what+", then "+then, func(t *testing.T) {
 				t.Parallel()
 				synctest.Test(t, func(t *testing.T) {
 					e, h := newFakeEtcd(), storetest.NewHistory()
 					d, w := e.open(t)
+
 					write := func(n int) {
 						t.Helper()
 						for i := range n {
@@ -82,6 +89,8 @@ func TestEtcdGone(t *testing.T) {
 							d.AwaitCompaction()
 						}
 					}
+
+					// A snapshot and a log, then as much again: "some seconds" takes that away.
 					write(40)
 					d.Delete("k0")
 					h.Done.Delete("k0")
@@ -89,10 +98,12 @@ func TestEtcdGone(t *testing.T) {
 					<-time.After(time.Second / 3)
 					before := e.copy()
 					write(40)
+
 					<-time.After(10 * time.Second)
 					for range 5 { // so that the last piece is one of several small ones
 						write(1)
 					}
+
 					takes[what](e, before)
 					switch then {
 					case "a write", "a write and a kill":
@@ -109,11 +120,14 @@ func TestEtcdGone(t *testing.T) {
 						<-time.After(20 * time.Second)
 						write(1)
 					}
+
 					if then == "nothing" {
 						if err := d.Close(); err != nil {
 							t.Fatal(err)
 						}
 					} else {
+						// A check sees the loss within this second. A write before a kill
+						// must see it itself.
 						if then != "a write and a kill" {
 							<-time.After(time.Second)
 						}
@@ -124,6 +138,7 @@ func TestEtcdGone(t *testing.T) {
 						<-d.Lost()
 						d.Close()
 					}
+
 					after, _ := e.dir(t, t.Context(), "second:9999")
 					checkKept(t, h, after, what)
 					if pieces := e.orphans(); len(pieces) > 0 {
@@ -146,12 +161,16 @@ func TestEtcdAsManyPieces(t *testing.T) {
 			t.Fatal(err)
 		}
 		pieces := keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}
+
 		for range 100 {
 			commit(t, d, h, "k", rand.Text())
 		}
 		<-time.After(3 * time.Second) // the last frame is vouched for
+
 		before := e.copy()
 		count := e.list(pieces).Count
+
+		// Up to one piece fewer than then: vouching for the last frame adds one.
 		for n := 0; n == 0 || e.list(pieces).Count != count-1; n++ {
 			commit(t, d, h, "k", rand.Text())
 		}
@@ -159,12 +178,14 @@ func TestEtcdAsManyPieces(t *testing.T) {
 		if n := e.list(pieces).Count; n != count {
 			t.Fatalf("there are %d pieces, want %d", n, count)
 		}
+
 		e.restore(before, e.id)
 		d.Get("k")
 		<-time.After(2 * time.Second)
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		w.kill()
 		<-d.Lost()
 		d.Close()
@@ -179,6 +200,7 @@ func TestEtcdCountAfterGone(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
 		defer lock.Close()
+
 		for name, change := range map[string]func(f storage.File) error{
 			"written": func(f storage.File) error {
 				_, err := f.WriteAt([]byte("x"), 3)
@@ -190,14 +212,17 @@ func TestEtcdCountAfterGone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			for at := int64(0); at < 3; {
 				write(t, f, &at, []byte("x"))
 			}
+
 			all := keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}
 			e.delete(string(e.list(all).KVs[2].Key))
 			if err := change(f); err != nil || !errors.Is(lock.Held(), storage.ErrGone) {
 				t.Errorf("a file of which a piece is gone is %s: %v", name, err)
 			}
+
 			_, err = dir.Stamps()
 			if err := errors.Join(err, dir.Remove(name)); err != nil {
 				t.Error(err)
@@ -225,7 +250,11 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 		for at := int64(0); at < 3; {
 			write(t, f, &at, []byte("x"))
 		}
+
+		// From here on all files count as gone.
 		dir.lock.miss(errors.New("a test"))
+
+		// While the check runs, a write finds out that its file's last piece is gone.
 		var once sync.Once
 		w.mu.Lock()
 		w.before = func(n int) {
@@ -240,10 +269,12 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 			})
 		}
 		w.mu.Unlock()
+
 		was, err := dir.Stamps()
 		if err != nil {
 			t.Fatal(err)
 		}
+
 		for _, name := range []string{"a", "b"} {
 			if err := lock.Held(); !errors.Is(err, storage.ErrGone) {
 				t.Errorf("before %s is made anew: %v", name, err)
@@ -256,6 +287,7 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 				t.Error(err)
 			}
 		}
+
 		if _, err := dir.Stamps(); err != nil || lock.Held() != nil {
 			t.Errorf("once all was made anew: %v, %v", err, lock.Held())
 		}

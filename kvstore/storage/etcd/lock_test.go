@@ -30,8 +30,10 @@ func TestEtcdTakeover(t *testing.T) {
 				if err := first.Commit(); err != nil {
 					t.Fatal(err)
 				}
+
 				<-time.After(3 * time.Second) // no request is under way any more
 				w.setCut(true)
+
 				var second *durable.Store
 				began := time.Now()
 				if standby {
@@ -42,12 +44,15 @@ func TestEtcdTakeover(t *testing.T) {
 				if took := time.Since(began); standby && took > 6*time.Second {
 					t.Errorf("the other one takes over after %v", took)
 				}
+
 				first.Get("k") // an old value by now
 				done := make(chan error, 1)
 				go func() { done <- first.Commit() }()
 				<-time.After(max(0, away-time.Since(began)))
 				w.setCut(false)
 				err := <-done
+
+				// A standby has taken over, however short away is: the test waits for it.
 				isLost := standby || away >= patienceTime
 				if isLost != (err != nil) {
 					t.Errorf("away for %v, standby %v: a Commit after a Get returns %v", away,
@@ -56,16 +61,19 @@ func TestEtcdTakeover(t *testing.T) {
 				if standby && away < patienceTime && !errors.Is(err, ErrTakenOver) {
 					t.Errorf("away for %v: it is lost for %v, want %v", away, err, ErrTakenOver)
 				}
+
 				first.Put("k", "late")
 				first.Commit()
 				first.Close()
 				if second == nil {
 					second, _ = e.open(t)
 				}
+
 				want := []string{"told", "late"}
 				if isLost {
 					want = want[:1]
 				}
+
 				e.mu.Lock()
 				before := maps.Clone(e.kvs)
 				for _, t := range w.sent { // as if the network had delayed every request
@@ -77,6 +85,7 @@ func TestEtcdTakeover(t *testing.T) {
 						standby)
 				}
 				e.mu.Unlock()
+
 				if got := second.Get("k"); !slices.Equal(got, want) {
 					t.Errorf("away for %v, standby %v: the next one has %q, want %q", away, standby,
 						got, want)
@@ -93,13 +102,17 @@ func TestEtcdTakeoverBehindALateAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		first, w := e.open(t)
+
+		// Halfway between two signs of life: the next request is one.
 		<-time.After(3*time.Second + beatTime/2)
 		w.mu.Lock()
 		w.at, w.fault = w.requests+1, slowAnswer
 		w.mu.Unlock()
 		<-time.After(beatTime)
+
 		w.setCut(true)
 		second, _ := e.open(t)
+
 		first.Get("k")
 		done := make(chan error, 1)
 		go func() { done <- first.Commit() }()
@@ -108,6 +121,7 @@ func TestEtcdTakeoverBehindALateAnswer(t *testing.T) {
 			t.Errorf("beside the server that has taken over a Commit after a Get returns %v", <-done)
 			done <- nil
 		}
+
 		w.setCut(false)
 		<-done
 		first.Close()
@@ -122,11 +136,13 @@ func TestEtcdStandby(t *testing.T) {
 		e := newFakeEtcd()
 		serving := make(chan *durable.Store)
 		var handed time.Time
+
 		for i := range 4 {
 			go func() {
 				status := new(storage.Status)
 				dir, _ := e.dir(t, t.Context(), fmt.Sprint("host", i, ":9999"))
 				dir.opts.Status = status
+
 				go func() {
 					<-time.After(time.Second)
 					if stage := status.Stage(); stage != "" &&
@@ -134,10 +150,12 @@ func TestEtcdStandby(t *testing.T) {
 						t.Errorf("who waits says %q", stage)
 					}
 				}()
+
 				d, err := durable.Open(t.Context(), dir, durable.Options{Status: status})
 				if err != nil {
 					t.Error(err)
 				}
+
 				if status.Stage() != "" || time.Since(status.Confirmed()) > 2*time.Second {
 					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(),
 						time.Since(status.Confirmed()))
@@ -145,16 +163,19 @@ func TestEtcdStandby(t *testing.T) {
 				serving <- d
 			}()
 		}
+
 		for i := range 4 {
 			d := <-serving
 			if took := time.Since(handed); i > 0 && took > time.Second {
 				t.Errorf("server %d serves %v after the one before it has ended", i, took)
 			}
+
 			select {
 			case <-serving:
 				t.Fatal("two serve")
 			case <-time.After(30 * time.Second):
 			}
+
 			if keys, _, _ := d.Size(); keys != i {
 				t.Errorf("server %d finds %d keys", i, keys)
 			}
@@ -162,6 +183,7 @@ func TestEtcdStandby(t *testing.T) {
 			if err := d.Commit(); err != nil {
 				t.Error(err)
 			}
+
 			began := time.Now()
 			if err := d.Close(); err != nil {
 				t.Error(err)
@@ -170,6 +192,8 @@ func TestEtcdStandby(t *testing.T) {
 				t.Errorf("Close takes %v", handed.Sub(began))
 			}
 		}
+
+		// Of two that both see that the lock is free, only one takes it.
 		dir, _ := e.dir(t, t.Context(), "")
 		a, b := dir.newLock(), dir.newLock()
 		w := sight{}
@@ -188,11 +212,13 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		d, w := e.open(t)
+
 		dir, _ := e.dir(t, t.Context(), "")
 		if _, err := dir.Lock(t.Context()); !errors.Is(err, storage.ErrLocked) ||
 			!strings.Contains(err.Error(), "which serves new:9999") {
 			t.Errorf("beside a server: %v", err)
 		}
+
 		w.kill()
 		<-d.Lost()
 		d.Close()
@@ -201,6 +227,7 @@ func TestEtcdRepairBesideServer(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after its death: %v", err)
 		}
+
 		if n := dir.opts.Status.Takeovers.Load(); n != 1 {
 			t.Errorf("%d takeovers are counted, want 1", n)
 		}
@@ -213,18 +240,21 @@ func TestEtcdTakeoversAfterADelete(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		d, w := e.open(t)
+
 		for range 2 {
 			w.kill()
 			<-d.Lost()
 			d.Close()
 			d, w = e.open(t)
 		}
+
 		dir, _ := e.dir(t, t.Context(), "standby:9999")
 		go func() {
 			<-time.After(beatTime) // the standby has seen the lock
 			w.kill()
 			e.delete("kv/lock")
 		}()
+
 		lock, err := dir.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -245,9 +275,12 @@ func TestEtcdClockJumps(t *testing.T) {
 			e := newFakeEtcd()
 			d, w := e.open(t)
 			<-time.After(10 * time.Second)
+
+			// Round strips the monotonic reading, so that the times differ as after a jump.
 			l := w.dir.lock
 			then := time.Now().Round(0).Add(-jump)
 			l.confirmed.Store(&then)
+
 			d.Put("k", "v")
 			began := time.Now()
 			if err := d.Commit(); err != nil || time.Since(began) > 2*beatTime {
@@ -271,12 +304,14 @@ func TestEtcdLockDeleted(t *testing.T) {
 				if took := time.Since(began); took > time.Second {
 					t.Errorf("an empty prefix is taken after %v", took)
 				}
+
 				commit(t, first, h, "k", "v")
 				if watched {
 					if _, err := e.tryOpen(t, 10*time.Second); err == nil {
 						t.Error("a standby takes a lock that is held")
 					}
 				}
+
 				second := make(chan *durable.Store, 1)
 				ctx, cancel := context.WithCancel(t.Context())
 				stand := func() {
@@ -284,6 +319,8 @@ func TestEtcdLockDeleted(t *testing.T) {
 					d, _ := durable.Open(ctx, dir, durable.Options{})
 					second <- d
 				}
+
+				// A standby that has watched the lock, or one that comes when there is none.
 				if watched {
 					go stand()
 					<-time.After(3 * time.Second)
@@ -293,6 +330,7 @@ func TestEtcdLockDeleted(t *testing.T) {
 				if !watched {
 					go stand()
 				}
+
 				for range 4 * 10 { // a Get every quarter of a second
 					first.Get("k")
 					done := make(chan error, 1)
@@ -307,6 +345,7 @@ func TestEtcdLockDeleted(t *testing.T) {
 							second <- d
 						default:
 						}
+
 						if !isCut && err != nil {
 							t.Errorf("the one that is not cut off ends: %v", err)
 						}
@@ -315,6 +354,7 @@ func TestEtcdLockDeleted(t *testing.T) {
 						t.Fatal("a Commit hangs")
 					}
 				}
+
 				cancel()
 				if d := <-second; (d != nil) != isCut {
 					t.Errorf("cut off %v: the other one serves: %v", isCut, d != nil)
@@ -338,11 +378,13 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		d.Close()
 		e.delete("kv/lock")
+
 		dir, _ := e.dir(t, t.Context(), "standby:9999")
 		w := sight{}
 		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
 			t.Fatalf("a lock that is missing is free at once: %v", err)
 		}
+
 		d, _ = e.open(t) // takes some seconds
 		e.delete("kv/lock")
 		if err := w.look(t.Context(), dir.directory); err != nil || w.isFree("me") {
@@ -359,6 +401,7 @@ func TestEtcdLockDeletedBesideWrite(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
 		d, _ := e.open(t)
 		commit(t, d, h, "k", "v")
+
 		e.delete("kv/lock")
 		commit(t, d, h, "k", "v")
 		if e.kvs["kv/lock"].Key == nil || e.kvs["kv/n/seg-2.log"].Key != nil {
@@ -375,8 +418,11 @@ func TestEtcdLockElsewhere(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
 		d, w := e.open(t)
 		commit(t, d, h, "k", "v")
+
 		other := newFakeEtcd()
 		other.id = "2"
+
+		// For every second request one member is of the other cluster.
 		member := ""
 		w.mu.Lock()
 		w.before = func(n int) {
@@ -388,6 +434,7 @@ func TestEtcdLockElsewhere(t *testing.T) {
 			}
 		}
 		w.mu.Unlock()
+
 		for i := range 20 {
 			// One member at a time: if all members were of another cluster, that would be accepted.
 			w.mu.Lock()
@@ -396,6 +443,7 @@ func TestEtcdLockElsewhere(t *testing.T) {
 			e.delete("kv/lock")
 			<-time.After(2 * time.Second)
 		}
+
 		if len(other.kvs) > 0 {
 			t.Errorf("another cluster has %q", other.keys)
 		}
@@ -418,6 +466,7 @@ func TestEtcdLockIsOursAlready(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, w := newFakeEtcd().dir(t, t.Context(), "new:9999")
 		w.at, w.fault = 2, lostAnswer // the first request looks at the lock, this one takes it
+
 		began := time.Now()
 		lock, err := dir.Lock(t.Context())
 		if err != nil {
@@ -449,6 +498,7 @@ func TestEtcdLockWasAnothersMeanwhile(t *testing.T) {
 				last = now
 			}
 		}
+
 		began := time.Now()
 		lock, err := dir.Lock(t.Context())
 		if err != nil {

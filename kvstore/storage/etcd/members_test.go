@@ -38,6 +38,7 @@ func TestEtcdFaults(t *testing.T) {
 			if fault == doubtful {
 				of = 3
 			}
+
 			for n, reached := 1+i, true; reached; n = storetest.Next(n, of) {
 				synctest.Test(t, func(t *testing.T) { reached = etcdFaultAt(t, fault, n) })
 			}
@@ -60,6 +61,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	ctx, cancel := context.WithTimeout(t.Context(),
 		time.Minute) // a standby waits for a dead cluster without end
 	defer cancel()
+
 	dir, w := e.dir(t, ctx, "first:9999")
 	w.at, w.fault = n, fault
 	h := storetest.NewHistory()
@@ -71,11 +73,13 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	default:
 		err = storetest.Script(t, d, h)
 	}
+
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
 		noSpace}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
+
 	switch {
 	case err == nil && d.Close() == nil:
 		h.Told = h.Done.Clone()
@@ -87,10 +91,13 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 		<-d.Lost()
 		d.Close()
 	}
+
+	// What is late would arrive among the requests of the next process.
 	w.kill()
 	w.mu.Lock()
 	e.late = nil
 	w.mu.Unlock()
+
 	after, _ := e.dir(t, t.Context(), "second:9999")
 	checkKept(t, h, after, fmt.Sprintf("request %d", n))
 	if pieces := e.orphans(); len(pieces) > 0 && fault != doneTwice {
@@ -108,6 +115,7 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 		if err := d.Commit(); err != nil {
 			return err
 		}
+
 		h.Told = h.Done.Clone()
 		d.AwaitCompaction()
 		<-time.After(100 * time.Millisecond)
@@ -120,17 +128,21 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 func TestEtcdRefusals(t *testing.T) {
 	plain := httptest.NewServer(http.NotFoundHandler())
 	defer plain.Close()
+
 	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
 	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	defer encrypted.Close()
+
 	picky := httptest.NewUnstartedServer(http.NotFoundHandler())
 	picky.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
 	picky.Config.ErrorLog = encrypted.Config.ErrorLog
 	picky.StartTLS()
 	defer picky.Close()
+
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: picky.Certificate().Raw}), 0o600)
 	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
+
 	for address, want := range map[string]error{
 		"etcd:/host:1/kv":                  ErrAddress,
 		"etcd://":                          ErrAddress,
@@ -157,6 +169,8 @@ func TestEtcdRefusals(t *testing.T) {
 			t.Errorf("%s: %v, want %v", address, err, want)
 		}
 	}
+
+	// The error says what is wrong with the address.
 	for address, word := range map[string]string{
 		"etcd://host/kv":                      "missing port",
 		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go: it holds no certificate",
@@ -168,6 +182,8 @@ func TestEtcdRefusals(t *testing.T) {
 			t.Errorf("%s: %v, want a word of %q", address, err, word)
 		}
 	}
+
+	// Here the address is right, and etcd, or what is in it, stands in the way.
 	for what, c := range map[string]struct {
 		user  string
 		spoil func(e *fakeEtcd, w *etcdWire)
@@ -193,6 +209,7 @@ func TestEtcdRefusals(t *testing.T) {
 				e := newFakeEtcd()
 				dir, w := e.dir(t, t.Context(), "new:9999")
 				c.spoil(e, w)
+
 				before := e.revision
 				began := time.Now()
 				if _, err := durable.Open(t.Context(), dir, durable.Options{}); !errors.Is(err, c.want) {
@@ -216,6 +233,7 @@ func TestEtcdSilence(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			d, w := newFakeEtcd().open(t)
 			w.setCut(true)
+
 			select {
 			case <-d.Lost():
 				if long < patienceTime {
@@ -228,6 +246,7 @@ func TestEtcdSilence(t *testing.T) {
 				if long > patienceTime+2*requestTime {
 					t.Errorf("not lost after %v", long)
 				}
+
 				w.setCut(false)
 				d.Put("k", "v")
 				if err := d.Commit(); err != nil {
@@ -245,6 +264,7 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w := e.dir(t, t.Context(), "first:9999")
 		dir.opts.Status = new(storage.Status)
+
 		w.setCut(true)
 		go durable.Open(t.Context(), dir, durable.Options{})
 		<-time.After(5 * time.Second)
@@ -259,11 +279,13 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 		dir.opts.Status = new(storage.Status)
 		var log bytes.Buffer
 		dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
+
 		ended := make(chan struct{})
 		go func() {
 			durable.Open(ctx, dir, durable.Options{})
 			close(ended)
 		}()
+
 		<-time.After(10 * time.Second)
 		w.setCut(true)
 		<-time.After(33 * time.Second)
@@ -272,13 +294,17 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 			!strings.Contains(stage, "by process") {
 			t.Errorf("a standby says %q", stage)
 		}
+
 		w.setCut(false)
 		<-time.After(3 * time.Second)
 		if stage := dir.opts.Status.Stage(); !strings.HasPrefix(stage, "standby: the data is in use") {
 			t.Errorf("a standby says %q when etcd answers again", stage)
 		}
+
 		cancel()
 		<-ended
+
+		// The log is told of a silence once, though its length changes.
 		if n := strings.Count(log.String(), "standing by"); n != 3 ||
 			strings.Count(log.String(), " error=") != 1 || strings.Contains(log.String(), "<nil>") {
 			t.Errorf("the log tells of %d stages:\n%s", n, &log)
@@ -293,10 +319,13 @@ func TestEtcdMemberDown(t *testing.T) {
 		for i, down := range []string{"a:1", "b:1", "a:1", "b:1"} {
 			e := newFakeEtcd()
 			d, _ := e.open(t)
+
+			// From the third time on some other server answers in the member's place.
 			e.mu.Lock()
 			e.down, e.stranger = down, i >= 2
 			e.mu.Unlock()
 			<-time.After(5 * beatTime)
+
 			began := time.Now()
 			for range 20 {
 				d.Put("k", "v")
@@ -305,6 +334,7 @@ func TestEtcdMemberDown(t *testing.T) {
 				}
 			}
 			d.Close()
+
 			d, w := e.open(t)
 			d.Close()
 			if member := w.dir.client.member.Load(); down != "b:1" && member != 1 {
@@ -325,11 +355,13 @@ func TestEtcdOtherCluster(t *testing.T) {
 			e, h := newFakeEtcd(), storetest.NewHistory()
 			d, _ := e.open(t)
 			commit(t, d, h, "k", "v")
+
 			other := newFakeEtcd()
 			other.id = "2"
 			e.mu.Lock()
 			e.other[member] = other
 			e.mu.Unlock()
+
 			for i := range 30 { // the server goes on with the other member
 				if i == 15 {
 					e.delete("kv/n/STORE")
@@ -337,6 +369,7 @@ func TestEtcdOtherCluster(t *testing.T) {
 				commit(t, d, h, "k", "v")
 				<-time.After(time.Second)
 			}
+
 			if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, ErrOther) ||
 				!strings.Contains(err.Error(), member) {
 				t.Errorf("a start where %s is another cluster: %v", member, err)
@@ -356,12 +389,14 @@ func TestEtcdOtherCluster(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		other := newFakeEtcd()
 		other.id = "2"
+
 		time.AfterFunc(10*time.Second, func() {
 			w.kill()
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			e.other["a:1"], e.down = other, "b:1"
 		})
+
 		if _, err := e.tryOpen(t, time.Minute); err == nil || len(other.kvs) > 0 {
 			t.Errorf("a standby takes another cluster: %v, %d keys", err, len(other.kvs))
 		}
@@ -401,6 +436,7 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 		commit(t, d, h, "k", "v")
 		other := newFakeEtcd()
 		other.id = "2"
+
 		for _, member := range []string{"a:1", "b:1"} {
 			w.mu.Lock()
 			e.other, e.full = map[string]*fakeEtcd{member: other}, true
@@ -408,6 +444,7 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 			time.AfterFunc(5*time.Second, func() { e.setFull(false) })
 			commit(t, d, h, "k", "v")
 			<-time.After(2 * time.Second)
+
 			if err := d.Commit(); err != nil || e.kvs["kv/n/seg-2.log"].Key != nil {
 				t.Errorf("with another cluster at %s: %v, or all data is written anew", member, err)
 			}
@@ -426,12 +463,14 @@ func TestEtcdRefusedByOne(t *testing.T) {
 		w.mu.Lock()
 		e.down, e.stranger = "b:1", true
 		w.mu.Unlock()
+
 		go func() {
 			for range 30 {
 				w.dir.client.member.Store(1)
 				<-time.After(10 * time.Millisecond)
 			}
 		}()
+
 		synctest.Wait()
 		d.Put("k", "v")
 		if err := d.Commit(); err != nil {
@@ -446,6 +485,7 @@ func TestEtcdRefusedByOne(t *testing.T) {
 func TestEtcdSlow(t *testing.T) {
 	large := make([]byte, storetest.Fewer(1<<20, 8))
 	rand.Read(large)
+
 	for what, c := range map[string]struct {
 		slow time.Duration
 		rate int
@@ -466,10 +506,12 @@ func TestEtcdSlow(t *testing.T) {
 				e.most = c.most
 				dir, w := e.dir(t, t.Context(), "first:9999")
 				w.slow, w.rate = c.slow, c.rate
+
 				d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
 				if err != nil {
 					t.Fatal(err)
 				}
+
 				for range 2 {
 					began := time.Now()
 					commit(t, d, h, "k", string(large[:min(len(large), c.size)]))
@@ -477,9 +519,11 @@ func TestEtcdSlow(t *testing.T) {
 						t.Errorf("it takes %v", took)
 					}
 				}
+
 				if _, err := e.tryOpen(t, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("a standby: %v", err)
 				}
+
 				for range 30 {
 					commit(t, d, h, "small", "v")
 					<-time.After(time.Second)
@@ -487,6 +531,7 @@ func TestEtcdSlow(t *testing.T) {
 				if err := d.Close(); err != nil {
 					t.Error(err)
 				}
+
 				dir, w = e.dir(t, t.Context(), "second:9999")
 				w.slow, w.rate = c.slow, c.rate
 				checkKept(t, h, dir.directory, "read over that link")
@@ -500,15 +545,18 @@ func TestEtcdSlow(t *testing.T) {
 func TestEtcdSlower(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, w := newFakeEtcd().open(t)
+
 		random := make([]byte, storetest.Fewer(4<<20, 4))
 		rand.Read(random)
 		d.Put("random", string(random))
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		w.mu.Lock()
 		w.rate = 50 << 10
 		w.mu.Unlock()
+
 		began := time.Now()
 		d.Put("k", shrinking(1<<20, 10))
 		if err := d.Commit(); err != nil {
@@ -529,6 +577,7 @@ func TestEtcdTooLarge(t *testing.T) {
 		e.mu.Lock()
 		e.most = 8 << 10
 		e.mu.Unlock()
+
 		value := make([]byte, 1<<20)
 		rand.Read(value)
 		d.Put("k", string(value))

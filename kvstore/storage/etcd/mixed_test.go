@@ -94,6 +94,7 @@ func (m *mixed) check(addr string) {
 		return
 	}
 	defer conn.Close()
+
 	r := bufio.NewReader(conn)
 	fmt.Fprintln(conn, "Ack")
 	if _, err := r.ReadString('\n'); err != nil {
@@ -122,6 +123,7 @@ func (m *mixed) check(addr string) {
 			m.t.Error(err)
 			return
 		}
+
 		if err := storetest.CheckLinearizable(history, final.Got); err != nil {
 			slices.SortFunc(history, func(a, b storetest.Operation) int {
 				return int(a.Invoked - b.Invoked)

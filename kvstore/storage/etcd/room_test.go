@@ -31,9 +31,11 @@ func TestEtcdFullWithoutALock(t *testing.T) {
 
 		const most = 1000
 		before, began := w.count(), time.Now()
+		// A server that asks without a pause is killed, so that the test ends.
 		w.mu.Lock()
 		w.at, w.fault = before+most, killed
 		w.mu.Unlock()
+
 		err := w.dir.do(0, []operation{deleteKeys(w.dir.key("none"), nil)})
 		asked, took := w.count()-before, time.Since(began)
 		if err == nil || asked >= most || took < patienceTime/2 || took > 2*patienceTime {
@@ -55,6 +57,7 @@ func TestEtcdFull(t *testing.T) {
 			d, w := e.open(t)
 			room := w.dir.directory
 			commit(t, d, h, "k", "v")
+
 			second := make(chan *durable.Store, 1)
 			ctx, cancel := context.WithCancel(t.Context())
 			dir, _ := e.dir(t, ctx, "second:9999")
@@ -63,13 +66,17 @@ func TestEtcdFull(t *testing.T) {
 				d, _ := durable.Open(ctx, dir, durable.Options{})
 				second <- d
 			}()
+
 			<-time.After(3 * time.Second)
 			e.setFull(true)
 			<-time.After(2 * time.Second)
+
 			if err := room.RoomFor(100, 0, true); !errors.Is(err, syscall.ENOSPC) ||
 				!strings.Contains(err.Error(), "alarm disarm") {
 				t.Errorf("a write to a full cluster: %v", err)
 			}
+
+			// For longer than patienceTime: a cluster that is full is not silent.
 			for range 20 {
 				d.Get("k")
 				if err := d.Commit(); err != nil {
@@ -77,17 +84,21 @@ func TestEtcdFull(t *testing.T) {
 				}
 				<-time.After(time.Second)
 			}
+
 			if stage := dir.opts.Status.Stage(); !strings.Contains(stage, "etcd is full") {
 				t.Errorf("who stands by says %q", stage)
 			}
+
 			time.AfterFunc(time.Until(time.Now().Add(cut-20*time.Second)), func() { w.setCut(true) })
 			<-time.After(time.Second)
 			e.setFull(false)
+
 			for range 100 {
 				d.Get("k")
 				done := make(chan error, 1)
 				go func() { done <- d.Commit() }()
 				err := <-done
+
 				select {
 				case other := <-second:
 					if err == nil {
@@ -101,6 +112,7 @@ func TestEtcdFull(t *testing.T) {
 				}
 				<-time.After(100 * time.Millisecond)
 			}
+
 			if d := <-second; d == nil {
 				t.Error("nobody takes over")
 			} else {
@@ -110,13 +122,16 @@ func TestEtcdFull(t *testing.T) {
 			d.Close()
 		})
 	}
+
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
 		d, w := e.open(t)
+
 		e.setFull(true)
 		<-time.After(10 * time.Second)
 		e.setFull(false)
 		<-time.After(2 * time.Second)
+
 		if err := w.dir.RoomFor(100, 0, false); err != nil {
 			t.Errorf("there is room again: %v", err)
 		}
@@ -134,6 +149,7 @@ func TestEtcdQuota(t *testing.T) {
 		value, fit := make([]byte, 128<<10), storetest.Fewer(96, 2)
 		e.quota = int64(fit * len(value))
 		d, w := e.open(t)
+
 		n := 0
 		for w.dir.RoomFor(int64(len(value)), 0, false) == nil && n < 200 {
 			rand.Read(value)
@@ -145,9 +161,11 @@ func TestEtcdQuota(t *testing.T) {
 			<-time.After(100 * time.Millisecond)
 			n++
 		}
+
 		if n < fit*22/96 || n > fit*84/96 {
 			t.Errorf("%d values are written where there is room for %d", n, fit)
 		}
+
 		<-time.After(2 * time.Second)
 		for i := range n {
 			if err := w.dir.RoomFor(10, 0, true); err != nil {
@@ -159,6 +177,7 @@ func TestEtcdQuota(t *testing.T) {
 			}
 			d.AwaitCompaction()
 		}
+
 		<-time.After(3 * surveyTime) // at the end of one etcd forgets, and the next one sees it
 		if err := w.dir.RoomFor(int64(len(value)), 0, false); err != nil {
 			t.Errorf("after all was deleted: %v", err)
@@ -178,6 +197,7 @@ func tryToDo(t *testing.T, d *durable.Store, key string, bytes, removes int, do 
 	if done {
 		do()
 	}
+
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
@@ -259,6 +279,7 @@ func TestEtcdCloseWhileFull(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+
 		<-time.After(5 * time.Second)
 		e.setFull(true)
 		<-time.After(5 * time.Second)
@@ -267,6 +288,7 @@ func TestEtcdCloseWhileFull(t *testing.T) {
 		if err := d.Close(); err != nil || time.Since(began) > time.Second {
 			t.Errorf("Close: %v, after %v", err, time.Since(began))
 		}
+
 		e.setFull(false)
 		again, _ := e.open(t)
 		if got := again.Get("k"); len(got) != 1 {
@@ -283,6 +305,7 @@ func TestEtcdQuotaOfOverwrites(t *testing.T) {
 	random := make([]byte, 16<<10)
 	rand.Read(random)
 	large := shrinking(1<<20, 50)
+
 	for what, c := range map[string]struct {
 		writes int
 		value  func(i int) string
@@ -298,11 +321,13 @@ func TestEtcdQuotaOfOverwrites(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+
 			for i := range storetest.Fewer(c.writes, 10) {
 				text := c.value(i)
 				if err := d.Room("", int64(len(text)), 0); err != nil {
 					t.Fatalf("%s: write number %d: %v", what, i, err)
 				}
+
 				d.Set(fmt.Sprint(i%5), text)
 				h.Done.Set(fmt.Sprint(i%5), text)
 				if err := d.Commit(); err != nil {
@@ -311,6 +336,7 @@ func TestEtcdQuotaOfOverwrites(t *testing.T) {
 				h.Told = h.Done.Clone()
 				<-time.After(100 * time.Millisecond)
 			}
+
 			d.Close()
 			after, _ := e.dir(t, t.Context(), "second:9999")
 			checkKept(t, h, after, what)

@@ -131,9 +131,11 @@ func (p *process) draw() etcdFault {
 func (p *process) opened(err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+
 	if p.spoiled != nil && p.spoiled == p.serving { // it has not written its data again yet
 		p.isLost = true
 	}
+
 	if err != nil {
 		p.note("%s does not serve: %v", p.name, err)
 		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, durable.ErrUnfinished) ||
@@ -153,10 +155,12 @@ func (p *process) opened(err error) bool {
 			}
 		}
 	}
+
 	if !p.isIn(p.told) {
 		keys, values, _ := p.d.Size()
 		p.wrong("it has not what was told, but %d keys and %d values", keys, values)
 	}
+
 	p.serving, p.doubts = p, map[*process][]storetest.Model{}
 	return true
 }
@@ -189,6 +193,7 @@ func (p *process) batch() bool {
 	p.mu.Lock()
 	model, began, writes := p.told.Clone(), time.Now(), false
 	p.mu.Unlock()
+
 	var steps []func(store kvstore.Store)
 	var doubts []storetest.Model // after each operation: perhaps only the first ones are in the log
 	for range p.random.IntN(4) {
@@ -196,6 +201,7 @@ func (p *process) batch() bool {
 		if p.random.IntN(3) == 0 {
 			value += strings.Repeat(" ", 7000) // a few of these are joined
 		}
+
 		kind := p.random.IntN(6)
 		do := func(store kvstore.Store) {
 			switch kind {
@@ -207,11 +213,13 @@ func (p *process) batch() bool {
 				store.Set(key, value)
 			}
 		}
+
 		writes = writes || kind > 0 // a Delete may find nothing to delete
 		steps = append(steps, do)
 		do(model)
 		doubts = append(doubts, model.Clone())
 	}
+
 	p.mu.Lock()
 	p.doubts[p] = doubts
 	p.mu.Unlock()
@@ -250,6 +258,7 @@ func (w *world) stop(atOnce bool) {
 	if p == nil || p.ended {
 		return
 	}
+
 	w.note("%s is stopped, at once: %v", p.name, atOnce)
 	if atOnce {
 		p.ended = true
@@ -262,6 +271,7 @@ func (w *world) stop(atOnce bool) {
 // fault calls set with true, and with false some time later.
 func (w *world) fault(what string, set func(is bool)) {
 	long := time.Duration(1+w.random.IntN(12)) * time.Second
+
 	change := func(by int, is bool) {
 		w.mu.Lock()
 		w.faults += by
@@ -270,6 +280,7 @@ func (w *world) fault(what string, set func(is bool)) {
 		defer w.e.mu.Unlock()
 		set(is)
 	}
+
 	w.mu.Lock()
 	w.note("for %v %s", long, what)
 	w.mu.Unlock()
@@ -298,6 +309,7 @@ func (w *world) spoil(what string, isSeen bool, take func()) {
 	took := time.Now()
 	for take(); ; {
 		<-time.After(50 * time.Millisecond)
+
 		w.mu.Lock()
 		switch long := time.Since(took); {
 		case p.ended:
@@ -327,6 +339,7 @@ func (w *world) happen() {
 	var before *fakeEtcd
 	for range 9 {
 		<-time.After(time.Duration(w.random.IntN(3000)) * time.Millisecond)
+
 		wire := new(etcdWire)
 		w.mu.Lock()
 		if w.serving != nil {
@@ -359,6 +372,7 @@ func (w *world) happen() {
 			w.fault(fmt.Sprint("an answer takes ", slow), func(is bool) {
 				wire.slow = map[bool]time.Duration{true: slow}[is]
 			})
+
 		case 6, 7:
 			w.stop(w.random.IntN(2) == 0)
 		case 8:
@@ -366,6 +380,8 @@ func (w *world) happen() {
 			w.note("the lock is deleted")
 			w.mu.Unlock()
 			w.e.delete("kv/lock")
+
+		// Data goes from under the server.
 		case 9:
 			w.spoilOne("a piece is deleted", "kv/d/")
 		case 10:
@@ -409,6 +425,7 @@ func TestEtcdWorlds(t *testing.T) {
 			}
 		}
 	}
+
 	var lost atomic.Int64
 	for seed := first; seed < first+seeds && !t.Failed(); seed++ {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -420,6 +437,7 @@ func TestEtcdWorlds(t *testing.T) {
 			})
 		})
 	}
+
 	t.Cleanup(func() {
 		t.Logf("in %d of %d worlds a server has ended when something was gone", lost.Load(), seeds)
 	})
@@ -430,6 +448,7 @@ func live(t *testing.T, seed uint64) bool {
 	ctx, stop := context.WithCancel(t.Context())
 	w := &world{t: t, e: newFakeEtcd(), random: rand.New(rand.NewPCG(seed, 0)), ctx: ctx,
 		began: time.Now(), told: storetest.NewModel(), doubts: map[*process][]storetest.Model{}}
+
 	for i := range 2 + 2*(seed%2) {
 		w.ending.Go(func() {
 			w.server(string(rune('a'+i)), rand.New(rand.NewPCG(seed, 1+i)),
@@ -446,6 +465,7 @@ func live(t *testing.T, seed uint64) bool {
 		w.wrong("nobody serves")
 	}
 	w.mu.Unlock()
+
 	stop()
 	w.ending.Wait()
 	return !w.isLost

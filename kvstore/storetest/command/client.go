@@ -51,11 +51,13 @@ func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	a := protocol.DialTCP(t, addr)
 	a.Ask("Put:k:\xff\xfe\r\r\nPing", ":PONG")
 	a.HangUp()
+
 	file := filepath.Join(t.TempDir(), "dump")
 	out, err := program("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
 	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
 		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
 	}
+
 	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",
 		"/dev/full": "cannot write the answers: write "} {
 		if name == "/dev/full" && runtime.GOOS != "linux" {
@@ -74,10 +76,12 @@ func ClientIsInterrupted(t *testing.T, program protocol.Program, serve Serve) {
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	is.OK(t, cmd.Start())
+
 	io.WriteString(in, "Put:k:v\n\nPing:there\n")
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != ":PONG there\n" {
 		t.Errorf("it answers %q, %v", line, err)
 	}
+
 	cmd.Process.Signal(os.Interrupt)
 	cmd.Wait()
 	want := "interrupted; answered through line 3 of the input\n"

@@ -28,6 +28,7 @@ func ListenOnSeveralAddresses(t *testing.T, program protocol.Program, serve Serv
 			program.Prints(t, "", "", true, append([]string{"-addr", addr}, args...)...)
 		}
 	}
+
 	frozen, err := net.Listen("tcp", "127.0.0.1:0") // it accepts nobody, but the kernel does
 	is.OK(t, err)
 	defer frozen.Close()
@@ -40,6 +41,7 @@ func ListenOnSeveralAddresses(t *testing.T, program protocol.Program, serve Serv
 	if answer != ":PONG\n" {
 		t.Errorf("behind one that says nothing -ping prints %q", answer)
 	}
+
 	program.Prints(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere,
 		"-ping")
 	program.Prints(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
@@ -102,6 +104,7 @@ func ListenOnAUnixSocket(t *testing.T, program protocol.Program) {
 	second.Wait()
 	_, err := os.Lstat(path)
 	is.OK(t, err)
+
 	cmd, log = start()
 	program.Prints(t, "", ":PONG\n", true, "-addr", at, "-ping")
 	protocol.Stop(t, cmd, log, syscall.SIGTERM)

@@ -23,21 +23,26 @@ func LogMayEnd(t *testing.T, program protocol.Program) {
 	for gone, clients := range map[bool]int{true: 9, false: 700} { // a pipe holds the lines of fewer
 		r, w, err := os.Pipe()
 		is.OK(t, err)
+
 		cmd := program("-addr", "127.0.0.1:0", "-v")
 		cmd.Stderr = w
 		is.OK(t, cmd.Start())
 		w.Close()
 		defer cmd.Process.Kill()
+
 		addr := protocol.ListeningAddr(t, bufio.NewReaderSize(r, 16)) // reads hardly more than this line
 		if gone {
 			r.Close()
 		}
+
 		for range clients {
 			protocol.DialTCP(t, addr).HangUp()
 		}
+
 		a := protocol.DialTCP(t, addr)
 		a.Ask("Put:k:v\nGet:k", "k:v")
 		a.HangUp()
+
 		cmd.Process.Signal(syscall.SIGTERM)
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("log gone: %v; the server ended with %v", gone, err)
@@ -63,6 +68,7 @@ func LogTellsOfAFailingDisk(t *testing.T, program protocol.Program) {
 			os.Rename(dir, dir+".old") // the lock notices it without any request
 			rest, _ := io.ReadAll(log)
 			cmd.Wait()
+
 			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
 				[]byte("stopping"))
 			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
@@ -93,6 +99,7 @@ func LogTellsOfAFailedStart(t *testing.T, program protocol.Program) {
 			cmd = program(words[1:]...)
 			cmd.Env = append(cmd.Env, words[0])
 		}
+
 		out, errs, code := protocol.Outputs(cmd)
 		var last struct{ Level, Error, Todo string }
 		for line := range strings.Lines(errs) {
@@ -100,6 +107,7 @@ func LogTellsOfAFailedStart(t *testing.T, program protocol.Program) {
 				t.Errorf("%s: it logs %q: %v", args, line, err)
 			}
 		}
+
 		if code != want || out != "" || last.Level != "ERROR" || last.Error == "" || last.Todo == "" {
 			t.Errorf("%s: exit code %d, it logs %s", args, code, errs)
 		}

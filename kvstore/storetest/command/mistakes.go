@@ -62,6 +62,7 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 			})
 		}
 	}
+
 	for _, arg := range []string{"-h", "-help", "-version"} {
 		out, errs, code := protocol.Outputs(program(arg))
 		if code != 0 || errs != "" || !strings.Contains(out, "kvserver") {
@@ -200,6 +201,7 @@ func failuresWithData(t *testing.T, program string) []mistake {
 			"Nothing was changed. Give another directory"},
 		{"repair " + damaged + " " + full, "a copy needs a new or an empty directory",
 			"Nothing was copied. Give another directory"},
+
 		{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},
 		{"repair " + inUse + " " + filepath.Join(beside, "new"),
 			fmt.Sprintf("the data directory is in use: %s by process %d", inUse, os.Getpid()),
@@ -226,6 +228,7 @@ func failuresToConnect(t *testing.T) []mistake {
 		{"-addr 1 -ping", "cannot connect to localhost:1: ",
 			"Start a server there, or name another"},
 		{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
+
 		{"-addr unix:" + long,
 			"cannot listen on unix:" + long +
 				": bind: invalid argument", "Nothing was changed. Choose another path of at most 100 bytes"},
@@ -239,6 +242,7 @@ func failuresToConnect(t *testing.T) []mistake {
 			"Nothing was changed. Choose another path"},
 		{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
 			"Start a server there"},
+
 		{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
 			"Start a server there, or name another"},
 		{"-addr " + port + " -timeout 500ms -ping",
@@ -265,6 +269,7 @@ func failuresOfTLS(t *testing.T) []mistake {
 		{"-addr " + port + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
 			fmt.Sprintf("cannot connect to localhost:%s: ", port),
 			"Somebody listens there, and does not answer."},
+
 		{"-tls-cert " + pem("server.pem") + " -tls-key " + pem("none"),
 			"cannot use the certificate " + pem("server.pem") + " with the key " + pem("none") + ": open ",
 			"Give files in PEM format, and a key without a password that belongs to its certificate"},
@@ -298,6 +303,7 @@ func RepairBesideASilentEtcd(t *testing.T, program protocol.Program) {
 		cmd := program(args...)
 		pipe, _ := cmd.StderrPipe()
 		is.OK(t, cmd.Start())
+
 		line, _ := bufio.NewReader(pipe).ReadString('\n')
 		is.In(t, "the first line", line, "etcd does not answer yet")
 		is.In(t, "the first line", line, "refused")
@@ -315,6 +321,7 @@ func ManualOnAFullDisk(t *testing.T, program protocol.Program) {
 		return
 	}
 	defer full.Close()
+
 	dir := t.TempDir()
 	OpenStore(t, dir).Close()
 	for _, args := range []string{"-h", "-version", "help", "help flags", "check " + dir} {

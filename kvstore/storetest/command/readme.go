@@ -27,6 +27,7 @@ func ReadmePrograms(t *testing.T, readme string, serve Serve) {
 	if Tool(t, "python3") == "" {
 		return
 	}
+
 	_, port, _ := net.SplitHostPort(serve(t))
 	program := strings.Replace(m[1], "localhost:9999", "localhost:"+port, 1)
 	const odd = `
@@ -48,6 +49,7 @@ for value in [b"\xff\xfe", b"", b"\0", b": OK 1", b"v" * 300000]:
     if ask(b"Get:odd") != [b"odd:" + value]:
         print("lost", value[:10])
 `
+
 	for _, text := range []string{program, program + odd} {
 		file := filepath.Join(t.TempDir(), "client.py")
 		os.WriteFile(file, []byte(text), 0o600)

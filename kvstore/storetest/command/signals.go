@@ -23,6 +23,7 @@ func SignalsWhileLoading(t *testing.T, program protocol.Program) {
 		t.Logf("without mkfifo there is no load that lasts: %v", err)
 		return
 	}
+
 	cmd := program("-addr", "127.0.0.1:0", "-data", dir)
 	pipe, _ := cmd.StderrPipe()
 	is.OK(t, cmd.Start())
@@ -31,6 +32,7 @@ func SignalsWhileLoading(t *testing.T, program protocol.Program) {
 	if line, err := log.ReadString('\n'); err != nil || !strings.Contains(line, "msg=starting") {
 		t.Errorf("the log begins with %q, %v", line, err)
 	}
+
 	protocol.Stop(t, cmd, log, os.Interrupt, `msg="opening the data" at=`+dir,
 		"stopped while opening the data")
 }
@@ -45,10 +47,12 @@ func SignalsStopCleanly(t *testing.T, program protocol.Program) {
 			t.Parallel()
 			cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0")
 			a, idle := protocol.DialTCP(t, addr), protocol.DialTCP(t, addr)
+
 			cmd.Process.Signal(syscall.SIGHUP)
 			cmd.Process.Signal(syscall.SIGHUP)
 			a.Ask("Put:k:v\nGet:k", "k:v")
 			idle.Ask("Ping", ":PONG")
+
 			protocol.Stop(t, cmd, log, sig, "msg=stopping clients=2",
 				"msg=stopped clients_served=2 requests=3 replies_dropped=0")
 			protocol.WantAllClosed(a, idle)
@@ -61,6 +65,8 @@ func SignalsStopCleanly(t *testing.T, program protocol.Program) {
 func FullDiskRefusesWrites(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	dir := t.TempDir()
+
+	// A file that may not grow stands for a full disk.
 	cmd := program("-addr", "127.0.0.1:0", "-data", dir)
 	cmd.Args = append([]string{"sh", "-c", `ulimit -f 4096; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
 	var err error
@@ -68,23 +74,27 @@ func FullDiskRefusesWrites(t *testing.T, program protocol.Program) {
 		t.Logf("without a shell there is no limit of a file's size: %v", err)
 		return
 	}
+
 	pipe, _ := cmd.StderrPipe()
 	is.OK(t, cmd.Start())
 	defer cmd.Process.Kill()
 	log := bufio.NewReader(pipe)
 	a := protocol.DialTCP(t, protocol.ListeningAddr(t, log))
 	a.Ask("Ack", ":OK 0")
+
 	put := "Put:k:" + strings.Repeat("v", 1<<19)
 	stored, answer := 0, ":OK 1"
 	for ; answer == ":OK 1" && stored < 20; stored++ {
 		a.Send(put + "\n")
 		answer = a.Read()
 	}
+
 	if !regexp.MustCompile(
 		`:ERROR line \d+: the disk is full, nothing was changed: write .*seg-1.log: `).MatchString(
 		answer) {
 		t.Errorf("on a full disk a Put is answered %q", answer)
 	}
+
 	a.Ask("Put:small:v", ":OK 1") // there is room for that
 	a.Ask("Delete:k", fmt.Sprint(":OK ", stored-1))
 	a.Ask("Get:small", "small:v", ":OK 1")

@@ -24,6 +24,7 @@ import (
 func TLS(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	dir, other := Certificates(t, "server", "client", "expired"), Certificates(t, "client")
+
 	flags := func(ca, from, name string) (args []string) {
 		if ca != "" {
 			args = []string{"-tls-ca", filepath.Join(ca, "ca.pem")}
@@ -34,9 +35,11 @@ func TLS(t *testing.T, program protocol.Program) {
 		}
 		return args
 	}
+
 	_, addr, log := program.Start(t, append(flags("", dir, "server"), "-addr", "localhost:0",
 		"-tls-client-ca", filepath.Join(dir, "ca.pem"))...)
 	go io.Copy(io.Discard, log)
+
 	for _, c := range []struct {
 		args   []string
 		prints string
@@ -51,6 +54,7 @@ func TLS(t *testing.T, program protocol.Program) {
 		program.Prints(t, "Delete:k\nPut:k:v\nGet:k\n", c.prints, c.prints == "k:v\n",
 			append(c.args, "-addr", addr, "-timeout", "3s", "-c")...)
 	}
+
 	_, port, _ := net.SplitHostPort(addr)
 	for _, everywhere := range []string{":", "0.0.0.0:"} { // as the server's own -addr may say
 		args := append(flags(dir, dir, "client"), "-addr", everywhere+port, "-ping")
@@ -64,6 +68,7 @@ func Certificates(t *testing.T, names ...string) (dir string) {
 	write := func(name, kind string, der []byte) {
 		os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
 	}
+
 	var ca *x509.Certificate
 	var caKey *ecdsa.PrivateKey
 	for i, name := range append([]string{"ca"}, names...) {
@@ -74,6 +79,7 @@ func Certificates(t *testing.T, names ...string) (dir string) {
 			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 			DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		}
+
 		if strings.HasPrefix(name, "expired") {
 			c.NotAfter = time.Now().Add(-time.Minute)
 		}
@@ -81,6 +87,7 @@ func Certificates(t *testing.T, names ...string) (dir string) {
 			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
 			ca, caKey = c, key
 		}
+
 		der, err := x509.CreateCertificate(crand.Reader, c, ca, key.Public(), caKey)
 		is.OK(t, err)
 		write(name+".pem", "CERTIFICATE", der)

@@ -34,6 +34,7 @@ func ReadmeUnit(t *testing.T, program protocol.Program) {
 	if analyze == "" {
 		return
 	}
+
 	units, _ := filepath.Glob(filepath.Join(dir, "kvserver*.*e*")) // services and timers
 	args := []string{"verify"}
 	for _, unit := range units {
@@ -45,6 +46,7 @@ func ReadmeUnit(t *testing.T, program protocol.Program) {
 			[]byte(program().Path)), 0o600)
 		args = append(args, unit)
 	}
+
 	if len(args) != 4 {
 		t.Fatalf("the README has the units %q, want three", units)
 	}
@@ -52,6 +54,7 @@ func ReadmeUnit(t *testing.T, program protocol.Program) {
 		bytes.Contains(out, []byte(dir)) || bytes.Contains(out, []byte("kvserver.service:")) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
+
 	// The score says how much is open, of 100, to somebody who has taken the server over.
 	if out, err := exec.Command(analyze, "security", "--offline=true", "--threshold=20",
 		filepath.Join(dir, "kvserver.service")).CombinedOutput(); err != nil {

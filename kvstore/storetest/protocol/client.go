@@ -133,12 +133,14 @@ func (c *Client) Want(lines ...string) {
 func (c *Client) Stat(name string) int {
 	c.T.Helper()
 	c.Send("Stats\nPing:stats\n")
+
 	value := -1
 	for line := c.Read(); line != ":PONG stats"; line = c.Read() {
 		if text, ok := strings.CutPrefix(line, ": "+name+" "); ok {
 			value, _ = strconv.Atoi(text)
 		}
 	}
+
 	if value < 0 {
 		c.T.Errorf("Stats does not say %q", name)
 	}

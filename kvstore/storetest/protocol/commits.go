@@ -25,17 +25,21 @@ func CommitBeforeGets(t *testing.T, start StartOn) {
 				store.Gate <- nil
 				x.Ask("Ping", ":PONG")
 			}
+
 			c.Post("Ping\n") // workLoop waits, and the next two are committed together
 			a.Post("Put:k:v\n")
 			b.Post("Get:k\n")
+
 			store.Gate <- nil
 			c.Want(":PONG")
 			b.WantNothing()
+
 			c.Post("Keys\n") // it is not run if that Commit fails
 			store.Gate <- failure
 			if failure == nil {
 				b.Want("k:v")
 			}
+
 			for range cap(store.Gate) {
 				store.Gate <- nil
 			}
@@ -101,6 +105,7 @@ var gathersAlone = map[string]gathers{
 	},
 	"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
 		clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
+
 		for range 5 { // all come each time
 			for _, c := range clients {
 				c.Send("Put:k:v\n")
@@ -109,9 +114,11 @@ var gathersAlone = map[string]gathers{
 				c.Want(":OK 1")
 			}
 		}
+
 		for _, c := range clients {
 			c.HangUp()
 		}
+
 		alone := n.Dial(t)
 		for range 3 {
 			began := time.Now()
@@ -132,10 +139,12 @@ var gathersReaders = map[string]gathers{
 	"readers": func(t *testing.T, n *Net, store *SlowStore) {
 		reader, gets := n.DialAck(t), 0
 		go n.repeat(t, 1, 0, commitTakes*4/10, aSecond)
+
 		for end := time.Now().Add(aSecond * commitTakes); time.Now().Before(end); gets++ {
 			reader.Ask("Get:none", ":OK 0")
 			<-time.After(commitTakes / 200)
 		}
+
 		is.Between(t, "Gets where over a quarter of the time is without a Commit", gets, 2000, math.MaxInt)
 		world.Pass(time.Second)
 	},
@@ -148,6 +157,7 @@ var gathersReaders = map[string]gathers{
 				}
 			}()
 		}
+
 		began := time.Now()
 		n.repeat(t, 1, 0, commitTakes/100, aSecond)
 		is.Between(t, "time of 100 values for two workers", time.Since(began), 0,
@@ -164,6 +174,7 @@ func beside(most int64, others func(t *testing.T, n *Net, ended <-chan struct{})
 		var all sync.WaitGroup
 		all.Go(func() { others(t, n, ended) })
 		n.repeat(t, 10, commitTakes/10, commitTakes/10, aSecond)
+
 		got := store.Commits.Load()
 		close(ended)
 		all.Wait()

@@ -28,6 +28,7 @@ type Conversation struct{ Name, Send, Want string }
 func mistakes(verb, needs string, lines ...string) Conversation {
 	c := Conversation{verb + " with more or less", "Put:k:a\n" + strings.Join(lines, "\n") +
 		"\nKeys\nGet:k\n", ""}
+
 	for i, line := range lines {
 		c.Want += fmt.Sprintf(":ERROR line %d: %s needs %s; got %q", i+2, verb, needs, line)
 		if strings.HasPrefix(needs, "a key, without") && strings.HasPrefix(line, verb+":k:") {
@@ -35,6 +36,7 @@ func mistakes(verb, needs string, lines ...string) Conversation {
 		}
 		c.Want += "\n"
 	}
+
 	c.Want += ": k\n:OK 1\nk:a\n"
 	return c
 }
@@ -43,6 +45,7 @@ func mistakes(verb, needs string, lines ...string) Conversation {
 // suggested; "": none is.
 func hints(name string, lines [][2]string) (c Conversation) {
 	c.Name = name
+
 	for i, l := range lines {
 		c.Send += l[0] + "\n"
 		hint := "Help lists the requests"
@@ -139,12 +142,14 @@ func aboutKeys() []Conversation {
 		{"keys", "Put:b:1\nPut:a:1\nPut:a:2\nPut:ab:3\nKeys\nKeys:a\nkeys:\nAck\nKeys:x\nKeys:a\nGet:b\n",
 			": a\n: ab\n: b\n:OK 3\n: a\n: ab\n:OK 2\n: a\n: ab\n: b\n:OK 3\n:OK 0\n:OK 0\n: a\n: " +
 				"ab\n:OK 2\nb:1\n:OK 1\n"},
+
 		{"dump", "Put:b:x:y\nPut:a:\nPut:a:2\nDump\nDelete:a\nAck\nDump\n",
 			": Put:a:\n: Put:a:2\n: Put:b:x:y\n:OK 3\n:OK 0\n: Put:b:x:y\n:OK 1\n"},
 		{"dump keeps a value's own CR", "Put:a:1\r\r\nPut:b:2\r\x00\r\nDump\n",
 			": Put:a:1\r\r\n: Put:b:2\r\x00\r\n:OK 2\n"},
 		{"dump of a prefix", "Put:b:1\nPut:ab:2\nPut:a:3\nDump:a\nDump:c\ndump:\n",
 			": Put:a:3\n: Put:ab:2\n:OK 2\n:OK 0\n: Put:a:3\n: Put:ab:2\n: Put:b:1\n:OK 3\n"},
+
 		{"a line behind a Keys in a burst", "Get:none\nKeys\nnone\n",
 			":OK 0\n:ERROR line 3: unknown request \"none\"; Help lists the requests\n"},
 	}
@@ -219,6 +224,7 @@ func refused() []Conversation {
 			"Take:", "Take", "Take:k:", "Take:k:0", "Take:k:3601", "Take:k:1:2", "Take::1", "Take:k:-1"),
 		mistakes("Keys", "nothing behind it or a prefix, without a colon in it, as in Keys:prefix", "Keys:a:b"),
 		mistakes("Dump", "nothing behind it or a prefix, without a colon in it, as in Dump:prefix", "Dump:a:b"),
+
 		mistakes("Quit", "nothing behind it, as in Quit", "Quit:"),
 		mistakes("Ack", "nothing behind it, as in Ack", "Ack:on"),
 		mistakes("Stats", "nothing behind it, as in Stats", "Stats:"),
@@ -230,6 +236,7 @@ func refused() []Conversation {
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
 			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
 			{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
+
 		{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
 			":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
 		{"long nonsense is cut", strings.Repeat("x", 41) + "\n",

@@ -89,6 +89,7 @@ func (k *killed) stop() {
 func (k *killed) check() {
 	c := DialTCP(k.t, k.addr)
 	c.Ask("Ack", ":OK 0")
+
 	for key, history := range k.asked {
 		final := storetest.Operation{Request: storetest.Request{Verb: "Get"}}
 		is.OK(k.t, world.Ask(c.Conn, c.R, key, &final, k.tick))
@@ -96,6 +97,7 @@ func (k *killed) check() {
 			k.t.Errorf("%s, of which %d things were asked: %v", key, len(history), err)
 		}
 	}
+
 	c.Send("Get:burst\n")
 	for i, line := range c.ReadList() {
 		if line != fmt.Sprintf("burst:%d", i) {
@@ -103,6 +105,7 @@ func (k *killed) check() {
 		}
 		k.burst = max(k.burst, i+1) // a value whose Put was not answered may be there
 	}
+
 	c.Ask("Count:burst", fmt.Sprint(":OK ", k.burst))
 	c.HangUp()
 }
@@ -139,11 +142,13 @@ func (k *killed) work() {
 	for id, c := range clients[:8] {
 		all.Go(func() { k.mix(c, id) })
 	}
+
 	ends := make(chan struct{})
 	go func() {
 		k.sendBursts(clients[8])
 		close(ends)
 	}()
+
 	all.Wait()
 	if k.round%3 == 0 {
 		k.stop()
@@ -163,12 +168,14 @@ func (k *killed) mix(c *Client, id int) {
 		key := fmt.Sprintf("mixed%d-%d", k.round/2, random.IntN(3))
 		o := storetest.Operation{Request: world.DrawRequest(random, fmt.Sprintf("%d-%d-%d", k.round, id, i))}
 		err := world.Ask(c.Conn, c.R, key, &o, k.tick)
+
 		k.mu.Lock()
 		k.asked[key] = append(k.asked[key], o)
 		k.mu.Unlock()
 		if err != nil {
 			return
 		}
+
 		if id == 0 && i == 20+k.round%30 && k.round%3 > 0 {
 			k.cmd.Process.Kill()
 		}

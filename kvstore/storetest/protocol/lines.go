@@ -76,6 +76,7 @@ func SlowLine(t *testing.T, start Start) {
 			a.Ask("Ping", ":PONG")
 			<-time.After(time.Hour)
 			a.Ask("Ping", ":PONG")
+
 			for range 3 { // lines that take long, but end
 				a.Send("Pi")
 				world.Pass(lineTime - time.Second)
@@ -92,9 +93,11 @@ func SlowLine(t *testing.T, start Start) {
 					a.SendSome(trickle)
 				}
 			})
+
 			is.Within(t, lineTime, lineTime+2*lookTime, func() {
 				a.Want(":ERROR line 6: the line was begun but not ended within 30s")
 			})
+
 			a.WantClosed()
 			a.Close()
 			sender.Wait()
@@ -109,6 +112,7 @@ func SlowLineAfterSkippedOne(t *testing.T, start Start) {
 		a := n.Dial(t)
 		a.SendSome("Put:k:" + strings.Repeat("x", 2*MaxLine))
 		world.Pass(lineTime - 5*time.Second)
+
 		a.SendSome("\nPing:")
 		world.Pass(lineTime - 5*time.Second)
 		a.Ask("x", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG x")
@@ -173,6 +177,7 @@ func EndByHalfClose(t *testing.T, addr string) {
 		fmt.Fprintf(&send, "Put:h:%d\n", i)
 		fmt.Fprintf(&want, "h:%d\n", i)
 	}
+
 	go a.SendAll(send.String() + "Get:h\n")
 	a.WantRest(want.String())
 }

@@ -35,6 +35,7 @@ func Expire(t *testing.T, start Start) {
 			}{{5*time.Second - time.Microsecond, ask.before}, {5*time.Second + time.Millisecond, ask.after}} {
 				a := n.Dial(t)
 				world.Pass(300 * time.Microsecond)
+
 				a.Ask("Set:k:v\nExpire:k:5\nPing", ":PONG")
 				world.Pass(when.after)
 				a.Ask(ask.request, strings.Split(when.want, "\n")...)
@@ -97,9 +98,11 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 			b.Send("Take:k:600\n")
 			b.Conn.CloseWrite()
 			synctest.Wait()
+
 			end(a)
 			synctest.Wait()
 			is.Equal(t, "a client "+what+": waiting Takes", c.Stat("waiting_takes"), 1)
+
 			c.Ask("Put:k:v\nCount:k", ":OK 0")
 			b.Want("k:v")
 			b.WantClosed()
@@ -117,6 +120,7 @@ func TakeBeforeASlowLine(t *testing.T, start Start) {
 		world.Pass(5 * time.Second)
 		b.Send("Put:k:v\n")
 		a.Want("k:v")
+
 		a.Send("Put:x")
 		is.Within(t, lineTime, lineTime+2*lookTime, func() {
 			a.Want(":ERROR line 2: the line was begun but not ended within 30s")
@@ -130,9 +134,11 @@ func TakeOfALateReader(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		value := strings.Repeat("v", 1000)
 		n.run(t, "Put:k:"+value+"\n")
+
 		slow, giver := n.Dial(t), n.Dial(t)
 		go slow.Send(strings.Repeat("Get:k\n", 5000))
 		world.Pass(time.Minute)
+
 		go slow.Send("Take:job:60\nTake:job\nPing\n")
 		world.Pass(time.Second)
 		giver.Send("Put:job:1\nPut:job:2\n")

@@ -27,10 +27,12 @@ func (p Program) Start(t testing.TB, args ...string) (cmd *exec.Cmd, addr string
 	pipe, err := cmd.StderrPipe()
 	is.OK(t, err)
 	is.OK(t, cmd.Start())
+
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
+
 	log = bufio.NewReader(pipe)
 	return cmd, ListeningAddr(t, log), log
 }
@@ -66,6 +68,7 @@ func DialTCP(t testing.TB, addr string) *Client {
 	if path, isUnix := strings.CutPrefix(addr, "unix:"); isUnix {
 		network, addr = "unix", path
 	}
+
 	conn, err := net.Dial(network, addr)
 	is.OK(t, err)
 	t.Cleanup(func() { conn.Close() })

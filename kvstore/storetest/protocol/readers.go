@@ -21,10 +21,12 @@ func SlowReaderRecovers(t *testing.T, start Start) {
 		ask := func() { a.Send(strings.Repeat("Get:list\n", 300) + "Ping\n") }
 		go ask()
 		world.Pass(2 * slowAfter)
+
 		delivered := a.Count("list:")
 		if delivered == 0 || delivered%30 != 0 || delivered == 300*30 {
 			t.Errorf("%d lines were delivered, want whole replies of 30, and not all", delivered)
 		}
+
 		go ask()
 		is.Equal(t, "reading at once, lines", a.Count("list:"), 300*30)
 	})
@@ -48,6 +50,7 @@ func SlowReaderOfProject0(t *testing.T, start Start) {
 				if i < slow {
 					<-time.After(5 * time.Second)
 				}
+
 				// A minute without a line means that no more come.
 				c.Conn.SetReadDeadline(time.Now().Add(time.Minute))
 				for ; ; lines[i]++ {
@@ -80,6 +83,7 @@ func SlowReaderOfProject0(t *testing.T, start Start) {
 					"and not all", i, got, gets*values, kept)
 			}
 		}
+
 		for _, c := range all {
 			c.Close()
 		}
@@ -131,10 +135,12 @@ func SlowReaderIsCountedAtOnce(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		n.run(t, "Put:k:"+strings.Repeat("v", 1200)+"\n")
 		n.run(t, strings.Repeat("Put:huge:"+strings.Repeat("v", 1200)+"\n", 4000))
+
 		a, other := n.Dial(t), n.Dial(t)
 		const gets = 1000
 		go a.Send(strings.Repeat("Get:k\n", gets) + "Get:huge\nPing\n")
 		world.Pass(2 * seenSlow) // the Ping waits for room, and with it the chain
+
 		dropped := other.Stat("replies_dropped_total")
 		delivered := a.Count("k:")
 		is.Equal(t, "replies delivered and dropped", delivered+dropped, gets+1)
@@ -194,6 +200,7 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 			go a.SendSome(strings.Repeat("Get:k\n", gets) + "Ping:end\n")
 			ticks := time.NewTicker(p.every)
 			defer ticks.Stop()
+
 			piece := make([]byte, p.piece) // at once, so that the kernel enlarges its buffer
 			for passed := time.Duration(0); passed < 21*time.Second/10; passed += p.every {
 				<-ticks.C

@@ -15,6 +15,7 @@ func ReadmeSession(t *testing.T, start Start, readme string) {
 	if len(sessions) == 0 {
 		t.Fatal("the README shows no session")
 	}
+
 	for _, session := range sessions {
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			a := n.Dial(t)
@@ -26,6 +27,7 @@ func ReadmeSession(t *testing.T, start Start, readme string) {
 					a.Want(line)
 				}
 			}
+
 			a.Conn.CloseWrite()
 			a.WantClosed()
 		})
@@ -42,6 +44,7 @@ func ReadmeConversations(t *testing.T, start Start, readme string) {
 	if len(talks) != 4 {
 		t.Fatalf("the README shows %d conversations", len(talks))
 	}
+
 	for _, talk := range talks {
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			clients := map[string]*Client{}
@@ -52,6 +55,7 @@ func ReadmeConversations(t *testing.T, start Start, readme string) {
 					clients[name] = n.Dial(t)
 					clients[name].Ask("Ack", ":OK 0")
 				}
+
 				if request != "" {
 					clients[name].Send(request + "\n")
 				}
@@ -60,6 +64,7 @@ func ReadmeConversations(t *testing.T, start Start, readme string) {
 						clients[name].Want(answer)
 					}
 				}
+
 				synctest.Wait() // so that a Take is in line
 			}
 		})

@@ -127,13 +127,16 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 		synctest.Test(t, func(t *testing.T) {
 			held := kvstore.NewMemory()
 			n := start.on(t, listedStore{kvstore.StoreOf(struct{ kvstore.KVStore }{held}), held})
+
 			a := n.Dial(t)
 			go a.SendAll(c.Send)
 			got := a.ReadAll()
+
 			keeps := strings.Contains(got, ": this store keeps every key until somebody deletes it\n")
 			if got != c.Want && !(keeps && strings.Contains(c.Send, "Expire:")) {
 				t.Errorf("%s: got %.600q\nwant %.600q", c.Name, got, c.Want)
 			}
+
 			b := n.Dial(t)
 			b.Send("Stats\n")
 			for line := b.Read(); !strings.HasPrefix(line, ":OK "); line = b.Read() {
@@ -159,9 +162,11 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			n := start.on(t, LazyStore{kvstore.NewMemory(), func() time.Duration {
 				return world.Between(random, takes/2, takes)
 			}})
+
 			victim := n.Dial(t)
 			victim.Ask("Ping", ":PONG")
 			parts := strings.Split(script, "|")
+
 			var stop atomic.Bool
 			var all sync.WaitGroup
 			rounds := make([]atomic.Int64, others)
@@ -173,6 +178,7 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 				}
 				return least, most
 			}
+
 			clients := n.DialMany(t, others, func(int, *Client) {})
 			for i, c := range clients {
 				all.Go(func() {
@@ -184,22 +190,28 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 					}
 				})
 			}
+
 			updates := strings.Count(script, "Update")
 			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
 				world.Pass(takes) // until each is known to ask for more than a little
 			}
+
 			const asks = 200
 			began := time.Now()
 			for range asks {
+				// Its requests come at all moments of the others' turns.
 				world.Pass(3 * takes / 7)
 				is.Within(t, 0, 2*takes, func() { victim.Ask("Put:x:y\nDelete:x\nPing", ":PONG") })
 			}
 			is.Between(t, "time that it has waited", time.Since(began)-asks*(3*takes/7), 0, asks*takes*3/4)
+
+			// This is time for five rounds of each.
 			world.Pass(time.Duration(5*others*updates) * takes)
 			least, most := span()
 			if least < 4 || most > 3*least { // none starves
 				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
 			}
+
 			stop.Store(true)
 			all.Wait()
 		})
@@ -215,7 +227,9 @@ func ExpireIsCommitted(t *testing.T, start StartOn) {
 		a := n.Dial(t)
 		store.Gate <- nil
 		a.Ask("Get:k", "k:v")
+
 		world.Pass(time.Second + 2*expireTime)
+		// The key is removed, and the Commit of that waits.
 		a.Send("Get:k\nPing\n")
 		a.WantNothing()
 		store.Gate <- nil
@@ -232,16 +246,19 @@ func ExpireOnAFullDisk(t *testing.T, start StartOn) {
 		db := &Roomless{Memory: kvstore.NewMemory()}
 		db.PutUntil("k", "v", time.Now().Add(time.Second).UnixMilli())
 		db.Full.Store(true)
+
 		n := start.on(t, db)
 		a := n.Dial(t)
 		a.Ask("Get:k", "k:v")
 		world.Pass(5 * time.Minute)
 		a.Ask("Get:k\nKeys", ":ERROR line 2: the key's time is over, but it cannot be deleted: "+
 			syscall.ENOSPC.Error(), ":OK 0")
+
 		db.Full.Store(false)
 		world.Pass(2 * expireTime)
 		keys, _, _ := db.Size()
 		is.Equal(t, "keys that are there still", keys, 0)
+
 		a.Ask("Get:k\nPing", ":PONG")
 		a.WantStat("expired_keys_total", 1)
 	})
@@ -255,16 +272,20 @@ func TakeThatComesLate(t *testing.T, start StartOn) {
 		a, b, c, d, e := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
 		d.Ask("Put:k:1\nPut:k:2\nPing", ":PONG")
 		e.Ask("Ack", ":OK 0")
+
+		// This Update holds the server up for three seconds, and the Takes come behind it.
 		c.Post("Update:x:a:b\nPing\n")
 		b.Post("Take:k:600\n")
 		a.Send("Take:k:1\n")
 		e.Send("Take:none:1\n")
 		e.Conn.CloseWrite()
+
 		world.Pass(time.Second)
 		b.BreakOff()
 		a.Want("k:1")
 		e.Want(":OK 0")
 		e.WantClosed()
+
 		d.Ask("Get:k\nPing", "k:2", ":PONG")
 		c.Want(":PONG")
 		b.Close()
@@ -283,9 +304,11 @@ func TakeOnAFullDisk(t *testing.T, start StartOn) {
 			db := &Roomless{Memory: kvstore.NewMemory(), Why: why}
 			n := start.on(t, db)
 			a, b := n.DialAck(t), n.Dial(t)
+
 			a.Post("Take:k:60\n")
 			db.Full.Store(true)
 			b.Ask("Put:k:v\nPing", ":ERROR line 1: "+refusal+", nothing was changed: "+why.Error(), ":PONG")
+
 			db.Full.Store(false)
 			before := db.Frees.Load()
 			b.Ask("Put:k:w\nPing", ":PONG")
@@ -304,6 +327,7 @@ func MemoryOfALastRequest(t *testing.T, start StartOn) {
 		n := start.on(t, kvstore.StoreOf(store))
 		a := n.Dial(t)
 		a.Ask("Get:k", "k:v")
+
 		synctest.Wait()
 		list := weak.Make(&store.Last[0])
 		store.Last = nil
