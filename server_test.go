@@ -81,9 +81,7 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
-	"cmp"
 	"crypto/tls"
 	"errors"
 	"flag"
@@ -751,7 +749,7 @@ func TestCommand(t *testing.T) {
 		}()
 		r, _ := io.Pipe() // an input that never ends
 		if _, err := talk(&talker{conn: a.Conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
-			out: closing(io.Discard), errs: io.Discard}); err != nil {
+			out: command.Closing(io.Discard), errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
@@ -790,275 +788,15 @@ func TestCommandShowsResults(t *testing.T) {
 	})
 }
 
-// Ensure that a line that the server sends unasked is shown, and is an error, whether an answer is
-// owed or not.
-func TestCommandHearsTheServer(t *testing.T) {
-	for _, c := range []struct {
-		in, answers string
-		want        error
-	}{
-		{"", ":OK 0\n:ERROR line 0: it stops\n", errTold},
-		{"", ":OK 0\n:ERROR line 1: it stops\n", errTold},
-		{"Put:a:b\n", ":OK 0\n:OK 1\n:ERROR line 2: it stops\n", errTold},
-		{"Put:a:b\n", ":OK 0\n:ERROR line 0: it stops\n", errUnanswered},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				io.WriteString(theirs, c.answers[:len(":OK 0\n")])
-				<-time.After(1) // by then all requests are sent
-				io.WriteString(theirs, c.answers[len(":OK 0\n"):])
-				io.Copy(io.Discard, theirs)
-				theirs.Close()
-			}()
-			var errs bytes.Buffer
-			talker := &talker{conn: ours, in: strings.NewReader(c.in), out: closing(io.Discard), errs: &errs}
-			if err := cmp.Or(talker.greet(), talker.converse()); !errors.Is(err, c.want) ||
-				errs.String() != "the server says: it stops\n" {
-				t.Errorf("after %q: %v, and it says %q", c.answers, err, &errs)
-			}
-			ours.Close()
-			world.Pass(2)
-		})
-	}
-}
+func TestCommandHearsTheServer(t *testing.T) { command.ClientHearsTheServer(t, inProcess) }
+func TestCommandLosesItsServer(t *testing.T) { command.ClientLosesItsServer(t, inProcess) }
+func TestCommandResumes(t *testing.T)        { command.ClientResumes(t, inProcess, serveEmpty) }
+func TestCommandSendsLongLines(t *testing.T) { command.ClientSendsLongLines(t, inProcess, maxWrite) }
+func TestCommandTimeout(t *testing.T)        { command.ClientTimeout(t, inProcess) }
+func TestCommandLeavesTheLine(t *testing.T)  { command.ClientLeavesTheLine(t, binary, serveTCP) }
 
-// Ensure that a missing answer is an error, wherever the server was lost; that an answer to no
-// request is one; and that a program other than kvserver is recognized. With -stop, where each
-// answer lets one request go, the same holds.
-func TestCommandLosesItsServer(t *testing.T) {
-	for _, c := range []struct {
-		in      string // "": nothing is sent, and the input does not end
-		answers string
-		want    error
-		text    string
-		stops   bool
-	}{
-		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, "", false},
-		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, "", false},
-		{"", ":OK 0\n", errGone, "", false},
-		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
-			"", false}, // a TLS server's unexpected_message
-		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
-			errUnanswered, "", false},
-		{"Get:a\n", "", errSilent, "", false},
-		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // because the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errNoPlace,
-			"server is full (3 clients)", false},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger,
-			`this is no kvserver: it says "HTTP/1.1 400 Bad Request\r\n"`, false},
-		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", false},
-		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", true},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // welcome, rest
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-					io.WriteString(theirs, some)
-				}
-				synctest.Wait()
-				if c.want == errSilent {
-					theirs.Read(make([]byte, 100))
-				}
-				theirs.Close()
-			}()
-			in, end := io.Pipe()
-			if c.in != "" {
-				go func() {
-					io.WriteString(end, c.in)
-					end.Close()
-				}()
-			}
-			good, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
-				config: config{stop: c.stops}})
-			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
-			}
-			ours.Close()
-			end.Close()
-			in.Close()
-			world.Pass(2)
-		})
-	}
-}
-
-// Ensure that -c says up to which line of its input all requests were answered, whatever ended it,
-// so that a load can be resumed: blank lines count, and answered requests need not be sent again.
-// With -stop nothing after an error is sent.
-func TestCommandResumes(t *testing.T) {
-	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
-	for _, c := range []struct {
-		answers int // that come before the connection ends; -1: all, and it does not end
-		stops   bool
-		want    error
-		through int
-		errs    string
-	}{
-		{0, false, errUnanswered, 0, ""},
-		{1, false, errUnanswered, 1, ""},
-		{3, false, errUnanswered, 3, ""},
-		{4, false, errUnanswered, 4, ""},
-		{7, false, errUnanswered, 7, "line 5: Put needs"},
-		{-1, false, nil, 9, "line 5: Put needs"},
-		{-1, true, errStopped, 4, "line 5: Put needs"}, // this line has to be sent again
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() { // a relay to the server, which loses later answers
-				a := n.Dial(t)
-				go func() {
-					io.Copy(a.Conn, theirs)
-					a.Conn.CloseWrite()
-				}()
-				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
-					line, err := a.R.ReadString('\n')
-					if err != nil {
-						break
-					}
-					io.WriteString(theirs, line)
-				}
-				if c.answers >= 0 {
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-				}
-				theirs.Close()
-				a.Close()
-			}()
-			var errs bytes.Buffer
-			talker := &talker{conn: ours, in: strings.NewReader(load),
-				out: closing(io.Discard), errs: &errs, config: config{stop: c.stops}}
-			good, err := talk(talker)
-			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
-				errors.Is(err, syscall.ECONNRESET)) || talker.answered != c.through ||
-				!strings.HasPrefix(errs.String(), c.errs) {
-				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
-					"%d", c.answers, good, err, talker.answered, &errs, c.want, c.through)
-			}
-			talker.conn.Close()
-			synctest.Wait()
-			if list := n.server.db.Get("k"); c.stops && len(list) != 2 {
-				t.Errorf("with -stop %q were put, want the two before the error", list)
-			}
-		})
-	}
-}
-
-// Ensure that -c sends a line before all of it has come, so that it keeps only a piece of a long one,
-// and that it counts as one line.
-func TestCommandSendsLongLines(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, end := io.Pipe()
-		answered := make(chan int, 1)
-		go func() {
-			talker := &talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard}
-			if good, err := talk(talker); !good {
-				t.Error(err)
-			}
-			answered <- talker.answered
-		}()
-		r := bufio.NewReader(theirs)
-		r.ReadString('\n')
-		io.WriteString(theirs, ":OK 0\n")
-		line := "Put:k:" + strings.Repeat("v", 8*maxWrite)
-		go io.WriteString(end, line)
-		start := make([]byte, 7*maxWrite)
-		io.ReadFull(r, start) // without the end of the line
-		go func() {
-			io.WriteString(end, "\n")
-			end.Close()
-		}()
-		rest, _ := io.ReadAll(r)
-		if got := string(start) + string(rest); got != line+"\n" {
-			t.Errorf("%d bytes are sent, want %d", len(got), len(line)+1)
-		}
-		io.WriteString(theirs, ":OK 1\n")
-		theirs.Close()
-		is.Equal(t, "answered lines", <-answered, 1)
-		ours.Close()
-	})
-}
-
-// Ensure that -timeout ends a conversation with a server that has stopped answering, but counts
-// neither a pause between requests nor an answer that comes in parts.
-func TestCommandTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, typed := io.Pipe()
-		go func() {
-			r := bufio.NewReader(theirs)
-			r.ReadString('\n')
-			io.WriteString(theirs, ":OK 0\n")
-			for range 3 {
-				<-time.After(time.Minute)
-				io.WriteString(typed, "Ping\n")
-				r.ReadString('\n')
-				<-time.After(4 * time.Second)
-				io.WriteString(theirs, ":PONG\n")
-			}
-			io.WriteString(typed, "Ping\n")
-		}()
-		began := time.Now()
-		_, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
-			config: config{timeout: 5 * time.Second}})
-		if took := time.Since(began); !errors.Is(err, errQuiet) || took != 3*64*time.Second+5*time.Second {
-			t.Errorf("%v after %v", err, took)
-		}
-		ours.Close()
-		theirs.Close()
-		in.Close()
-	})
-}
-
-func TestCommandLeavesTheLine(t *testing.T) { command.ClientLeavesTheLine(t, binary, serveTCP) }
-
-// Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
-// -ping has a limit by itself if a server stalls after its welcome. What was answered is good, though
-// the server does not close the connection.
 func TestCommandBesideASilentServer(t *testing.T) {
-	for _, c := range []struct {
-		config  config
-		answers []string // one every 4 s
-		closes  bool     // the server, behind them
-		good    bool
-		took    time.Duration
-	}{
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, true, 20 * time.Second},
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a"}, false, false, 13 * time.Second},
-		{config{ping: true}, []string{":OK 0\n"}, false, false, 9 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, true, 8 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, false, true, 8*time.Second + connectTime},
-		{config{requests: []string{"Put:a:b"}, timeout: time.Minute},
-			[]string{":OK 0\n", ":OK 1\n"}, false, true, 68 * time.Second},
-		{config{requests: []string{"Keys"}}, nil, false, false, connectTime},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go io.Copy(io.Discard, theirs)
-			go func() {
-				for _, answer := range c.answers {
-					<-time.After(4 * time.Second)
-					io.WriteString(theirs, answer)
-				}
-				if c.closes {
-					theirs.Close()
-				}
-			}()
-			talker := newTalker(c.config, io.Discard)
-			talker.conn, talker.out = ours, closing(io.Discard)
-			began := time.Now()
-			good, err := talk(talker)
-			if took := time.Since(began); good != c.good || took != c.took ||
-				!good && !errors.Is(err, errQuiet) {
-				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
-					c.good, c.took)
-			}
-			ours.Close()
-			theirs.Close()
-		})
-	}
+	command.ClientBesideASilentServer(t, inProcess, connectTime)
 }
 
 // Ensure that text in UTF-16, as PowerShell writes it, is reported as such, and is not run.
@@ -1084,30 +822,8 @@ func TestCommandRefusesUTF16(t *testing.T) {
 	})
 }
 
-func TestCommandOutput(t *testing.T) { command.ClientOutput(t, binary, serveTCP) }
-
-// Ensure that a user at a terminal sees the answer to each request, also to a write.
-func TestCommandOnATerminal(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var screen command.Screen
-		in, typed := io.Pipe()
-		go func() {
-			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
-				<-time.After(time.Second)
-				io.WriteString(typed, line)
-			}
-			<-time.After(time.Second)
-			typed.Close()
-		}()
-		typist := talker{conn: n.Dial(t).Conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
-		if good, err := talk(&typist); !good || err != nil ||
-			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
-			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
-		}
-	})
-}
-
+func TestCommandOutput(t *testing.T)        { command.ClientOutput(t, binary, serveTCP) }
+func TestCommandOnATerminal(t *testing.T)   { command.ClientOnATerminal(t, inProcess, serveEmpty) }
 func TestCommandIsInterrupted(t *testing.T) { command.ClientIsInterrupted(t, binary, serveTCP) }
 
 // Ensure that checking many requests on the command line takes linear memory: each is checked
@@ -1165,55 +881,9 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 	wantTodo(t, dialProblem("unix:/run/sock", denied), "ls -l /run/sock")
 }
 
-// Ensure that an output that cannot be written, and an input that cannot be read, are errors.
 func TestCommandFailsWithItsFiles(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		broken := errors.New("broken")
-		in, end := io.Pipe()
-		go func() {
-			io.WriteString(end, "Get:k\n")
-			end.CloseWithError(broken)
-		}()
-		a := n.Dial(t)
-		if _, err := talk(&talker{conn: a.Conn, in: in, out: closing(io.Discard),
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the input fails: %v", err)
-		}
-		a.Close()
-		none, out := io.Pipe()
-		none.CloseWithError(broken)
-		a = n.Dial(t)
-		if _, err := talk(&talker{conn: a.Conn, config: config{requests: []string{"Get:k"}}, out: closing(out),
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the output fails: %v", err)
-		}
-		a.Close()
-
-		// The output may fail only when it is closed, as with a network file system, also after an
-		// error.
-		for _, request := range []string{"Get:k", "get k"} {
-			a = n.Dial(t)
-			_, err := talk(&talker{conn: a.Conn, config: config{requests: []string{request}},
-				out: closesWith{io.Discard, broken}, errs: io.Discard})
-			if !errors.Is(err, broken) || !errors.Is(err, errOutput) {
-				t.Errorf("the output fails when it is closed: %v", err)
-			}
-			a.Close()
-		}
-	})
+	command.ClientFailsWithItsFiles(t, inProcess, serveEmpty)
 }
-
-// closesWith is a file that reports only in Close what happened to its data.
-type closesWith struct {
-	io.Writer
-	err error
-}
-
-func (c closesWith) Close() error { return c.err }
-
-// closing returns w as a file whose Close does nothing.
-func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 
 // ---- server.go: start, counts and close
 
@@ -4733,6 +4403,18 @@ var binary protocol.Program = func(args ...string) *exec.Cmd {
 	return cmd
 }
 
+// inProcess is kvserver -c in this process.
+var inProcess = command.Talker{
+	Talk: func(c command.Talk) (good bool, through int, err error) {
+		t := newTalker(config{requests: c.Requests, ping: c.Ping, stop: c.Stop, timeout: c.Timeout}, c.Errs)
+		t.conn, t.in, t.out, t.isTyped = c.Conn, c.In, c.Out, c.IsTyped
+		good, err = talk(t)
+		return good, t.answered, err
+	},
+	Gone: errGone, NoPlace: errNoPlace, Output: errOutput, Quiet: errQuiet, Silent: errSilent,
+	Stopped: errStopped, Stranger: errStranger, Unanswered: errUnanswered, Unasked: errUnasked,
+}
+
 // converseWith runs kvserver -c against the server.
 func converseWith(t *testing.T, n *fakeNet, in string,
 	requests ...string) (out, errs string, good bool, err error) {
@@ -4740,7 +4422,7 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	var o, e strings.Builder
 	c := n.Dial(t)
 	good, err = talk(&talker{conn: c.Conn, config: config{requests: requests},
-		in: strings.NewReader(in), out: closing(&o), errs: &e})
+		in: strings.NewReader(in), out: command.Closing(&o), errs: &e})
 	c.Close()
 	return o.String(), e.String(), good, err
 }
