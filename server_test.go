@@ -1629,89 +1629,14 @@ func TestExpireInTheMillisecond(t *testing.T) {
 	}
 }
 
-// Ensure that many keys that end at once are deleted in turns with the clients' requests, and that
-// nobody sees those that are still there.
 func TestExpireManyAtOnce(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const many, takes = 6000, 10 * time.Microsecond
-		db := slowDeletes{kvstore.NewMemory(), takes}
-		n.server.db = db
-		for i := range many {
-			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
-		}
-		db.Put("stays", "v")
-		a := n.Dial(t)
-		world.Pass(time.Second - time.Millisecond)
-		a.Ask("Count:k1", ":OK 1")
-		a.WantStat("expiring_keys", many)
-		<-time.After(time.Millisecond)
-		left, turns := many, 0
-		for ; left > 0; turns++ {
-			start := time.Now()
-			left = a.Stat("expiring_keys")
-			key := fmt.Sprint("k", many-1-turns)
-			a.Ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
-			a.Ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
-			const chains, most = 4, maxHeavyRound + (expireStride+2)*takes
-			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
-				t.Fatalf("with %d keys to go a client waits %v", left, took)
-			}
-		}
-		is.Between(t, "turns in which the keys went", turns, 10, math.MaxInt)
-	})
-}
-
-// slowDeletes is a Memory whose Deletes take a while.
-type slowDeletes struct {
-	*kvstore.Memory
-	takes time.Duration
-}
-
-func (s slowDeletes) Delete(key string) int {
-	<-time.After(s.takes)
-	return s.Memory.Delete(key)
+	protocol.ExpireManyAtOnce(t, serveOn, maxHeavyRound, expireStride)
 }
 
 func TestExpireIsCommitted(t *testing.T) { protocol.ExpireIsCommitted(t, serveOn) }
 func TestExpireOnAFullDisk(t *testing.T) { protocol.ExpireOnAFullDisk(t, serveOn) }
 
-// Ensure that a store is asked for room for all that a write adds to its log.
-func TestRoomForEveryWrite(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		dir := storetest.New()
-		dir.Reserve = 0 // so that the log ends with what was written
-		db := &roomCounter{Store: storeIn(t, dir, nil)}
-		n.server.db = db
-		c, long, size := n.DialAck(t), func(of string) string { return strings.Repeat(of, kilo) }, 0
-		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v", "Expire:k:9",
-			"Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
-			name, arguments, _ := strings.Cut(verb, ":")
-			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
-			for c.Read() != ":PONG" {
-			}
-			data, _ := dir.Read("seg-1.log")
-			if size > 0 {
-				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
-			}
-			size = len(data)
-		}
-		c.HangUp()
-		n.server.Close()
-		is.OK(t, db.Close())
-	})
-}
-
-// roomCounter is a store that notes for how many bytes it was asked last.
-type roomCounter struct {
-	*durable.Store
-	asked int64
-}
-
-func (r *roomCounter) Room(key string, bytes int64, removes int) error {
-	r.asked = bytes
-	return r.Store.Room(key, bytes, removes)
-}
+func TestRoomForEveryWrite(t *testing.T) { protocol.RoomForEveryWrite(t, serveOn) }
 
 // jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
@@ -1803,41 +1728,12 @@ func TestTakeBeforeASlowLine(t *testing.T) { protocol.TakeBeforeASlowLine(t, ser
 func TestTakeOfALateReader(t *testing.T)   { protocol.TakeOfALateReader(t, serveEmpty) }
 func TestTakeOnAFullDisk(t *testing.T)     { protocol.TakeOnAFullDisk(t, serveOn) }
 
-// Ensure that the Take of a client on a real connection leaves the line when the connection breaks,
-// and on a unix socket when it is closed, even after the client's own half-close.
 func TestTakeOnRealSockets(t *testing.T) {
-	t.Parallel()
-	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
-	unix, err := net.Listen("unix", path)
-	is.OK(t, err)
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	is.OK(t, err)
-	is.OK(t, s.serve(tcp, unix))
-	defer s.Close()
-
-	a := protocol.DialTCP(t, tcp.Addr().String())
-	var takers []net.Conn
-	for _, half := range []bool{false, true} {
-		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
-			conn, err := net.Dial(addr.Network(), addr.String())
-			is.OK(t, err)
-			io.WriteString(conn, "Take:k:60\n")
-			if half {
-				conn.(world.HalfConn).CloseWrite()
-			}
-			takers = append(takers, conn)
-		}
-	}
-	protocol.Await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
-	for _, conn := range takers {
-		if c, isTCP := conn.(*net.TCPConn); isTCP {
-			c.SetLinger(0) // so that Close resets it
-		}
-		conn.Close()
-	}
-	protocol.Await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
-	a.Ask("Put:k:v\nTake:k", "k:v")
-	a.HangUp()
+	protocol.TakeOnRealSockets(t, func(listeners ...net.Listener) {
+		s := New(kvstore.NewMemory())
+		is.OK(t, s.serve(listeners...))
+		t.Cleanup(s.Close)
+	})
 }
 
 // Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
@@ -4039,78 +3935,20 @@ func TestHintsAreCheap(t *testing.T) {
 	}
 }
 
-// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly the replies of the
-// model.
 func FuzzConversation(f *testing.F) {
-	for i, c := range protocol.All(helpLines) {
-		if len(c.Send) < 10_000 {
-			f.Add([]byte(c.Send), uint16(i))
-		}
+	protocol.FuzzConversation(f, serveEmpty, helpLines, otherProtocol)
+}
+
+// otherProtocol returns what a client is answered whose first line is refused because it is of another
+// protocol, "" if it is not, and whether its connection ends.
+func otherProtocol(line string) (answer string, ends bool) {
+	switch {
+	case isHTTP(line):
+		return badRequest, true
+	case isRESP(line):
+		return badRESP, true
 	}
-	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
-		lines := strings.SplitAfter(string(script), "\n")
-		m := protocol.NewModel(helpLines)
-		want, spoke, quit := "", false, false
-		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
-			want, quit = ":ERROR line 1: \n", true
-		}
-		for i, line := range lines {
-			if line == "" || quit {
-				continue
-			}
-			if !strings.HasSuffix(line, "\n") {
-				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
-				continue
-			}
-			line = strings.TrimSuffix(line, "\n")
-			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
-				line = short
-			} else {
-				line = strings.TrimSuffix(line, "\r")
-			}
-			if line == "" {
-				continue
-			}
-			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
-				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
-				return // Stats shows the time; and the model folds letters as Unicode does
-			}
-			answer := m.Answer(i+1, line)
-			if strings.HasPrefix(answer, ":ERROR") {
-				answer += "\n"
-				switch {
-				case spoke:
-				case isHTTP(line):
-					answer, quit = badRequest, true
-				case isRESP(line):
-					answer, quit = badRESP, true
-				case len(line) > testMaxLine:
-					quit = begun(line) == malformed
-				}
-			}
-			spoke = true
-			want += answer
-			verb := strings.ToLower(line)
-			quit = quit || verb == "quit" || verb == "exit"
-		}
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.Dial(t)
-			go func() {
-				at := min(int(cut), len(script))
-				a.Conn.Write(script[:at])
-				synctest.Wait()
-				a.Conn.Write(script[at:])
-				a.Conn.CloseWrite()
-			}()
-			// The reason in an error is for people: only its place counts here, and that it is one
-			// clean line.
-			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: )[^\n\r\x00\x1b]+$`).ReplaceAllString(
-				a.ReadAll(), "$1")
-			if got != want {
-				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
-			}
-		})
-	})
+	return "", len(line) > testMaxLine && begun(line) == malformed
 }
 
 // ---- the whole server, simulated
