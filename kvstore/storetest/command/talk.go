@@ -61,12 +61,14 @@ func ClientHearsTheServer(t *testing.T, talker Talker) {
 				io.Copy(io.Discard, theirs)
 				theirs.Close()
 			}()
+
 			var errs bytes.Buffer
 			if good, _, err := talker.Talk(Talk{Conn: ours, In: strings.NewReader(c.in),
 				Out: Closing(io.Discard), Errs: &errs}); good || !errors.Is(err, c.want) ||
 				errs.String() != "the server says: it stops\n" {
 				t.Errorf("after %q: %v, %v, and it says %q", c.answers, good, err, &errs)
 			}
+
 			ours.Close()
 			world.Pass(2)
 		})
@@ -107,12 +109,15 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 					<-time.After(1) // by then all is sent: fake time passes only while nobody works
 					io.WriteString(theirs, some)
 				}
+
+				// A server that has read the Ack ends the connection, otherwise it resets it.
 				synctest.Wait()
 				if c.want == talker.Silent {
 					theirs.Read(make([]byte, 100))
 				}
 				theirs.Close()
 			}()
+
 			in, end := io.Pipe()
 			if c.in != "" {
 				go func() {
@@ -120,11 +125,13 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 					end.Close()
 				}()
 			}
+
 			good, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard),
 				Errs: io.Discard, Stop: c.stops})
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
 			}
+
 			ours.Close()
 			end.Close()
 			in.Close()
@@ -162,6 +169,7 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 					io.Copy(a.Conn, theirs)
 					a.Conn.CloseWrite()
 				}()
+
 				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
 					line, err := a.R.ReadString('\n')
 					if err != nil {
@@ -169,12 +177,14 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 					}
 					io.WriteString(theirs, line)
 				}
+
 				if c.answers >= 0 {
 					<-time.After(1) // by then all is sent: fake time passes only while nobody works
 				}
 				theirs.Close()
 				a.Close()
 			}()
+
 			var errs bytes.Buffer
 			good, through, err := talker.Talk(Talk{Conn: ours, In: strings.NewReader(load),
 				Out: Closing(io.Discard), Errs: &errs, Stop: c.stops})
@@ -184,11 +194,13 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
 					"%d", c.answers, good, err, through, &errs, c.want, c.through)
 			}
+
 			ours.Close()
 			synctest.Wait()
 			if c.stops {
 				n.Dial(t).Ask("Get:k\nPing", "k:1", "k:2", ":PONG") // what came before the error
 			}
+
 			n.HangUp()
 		})
 	}
@@ -209,21 +221,26 @@ func ClientSendsLongLines(t *testing.T, talker Talker, most int) {
 			}
 			answered <- through
 		}()
+
 		r := bufio.NewReader(theirs)
 		r.ReadString('\n')
 		io.WriteString(theirs, ":OK 0\n")
+
 		line := "Put:k:" + strings.Repeat("v", 8*most)
 		go io.WriteString(end, line)
 		start := make([]byte, 7*most)
 		io.ReadFull(r, start) // without the end of the line
+
 		go func() {
 			io.WriteString(end, "\n")
 			end.Close()
 		}()
+
 		rest, _ := io.ReadAll(r)
 		if got := string(start) + string(rest); got != line+"\n" {
 			t.Errorf("%d bytes are sent, want %d", len(got), len(line)+1)
 		}
+
 		io.WriteString(theirs, ":OK 1\n")
 		theirs.Close()
 		is.Equal(t, "answered lines", <-answered, 1)
@@ -241,6 +258,8 @@ func ClientTimeout(t *testing.T, talker Talker) {
 			r := bufio.NewReader(theirs)
 			r.ReadString('\n')
 			io.WriteString(theirs, ":OK 0\n")
+
+			// A request comes a minute after the last answer, and its own answer some seconds later.
 			for range 3 {
 				<-time.After(time.Minute)
 				io.WriteString(typed, "Ping\n")
@@ -250,6 +269,7 @@ func ClientTimeout(t *testing.T, talker Talker) {
 			}
 			io.WriteString(typed, "Ping\n")
 		}()
+
 		began := time.Now()
 		_, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard), Errs: io.Discard,
 			Timeout: 5 * time.Second})
@@ -257,6 +277,7 @@ func ClientTimeout(t *testing.T, talker Talker) {
 			took != 3*64*time.Second+5*time.Second {
 			t.Errorf("%v after %v", err, took)
 		}
+
 		ours.Close()
 		theirs.Close()
 		in.Close()
@@ -298,6 +319,7 @@ func ClientBesideASilentServer(t *testing.T, talker Talker, connectTime time.Dur
 					theirs.Close()
 				}
 			}()
+
 			c.talk.Conn, c.talk.Out, c.talk.Errs = ours, Closing(io.Discard), io.Discard
 			began := time.Now()
 			good, _, err := talker.Talk(c.talk)
@@ -306,6 +328,7 @@ func ClientBesideASilentServer(t *testing.T, talker Talker, connectTime time.Dur
 				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
 					c.good, c.took)
 			}
+
 			ours.Close()
 			theirs.Close()
 		})
@@ -326,12 +349,14 @@ func ClientOnATerminal(t *testing.T, talker Talker, start protocol.Start) {
 			<-time.After(time.Second)
 			typed.Close()
 		}()
+
 		n := start(t)
 		if good, _, err := talker.Talk(Talk{Conn: n.Dial(t).Conn, In: in, Out: Closing(&screen),
 			Errs: &screen, IsTyped: true}); !good || err != nil ||
 			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
 			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
 		}
+
 		n.HangUp()
 	})
 }
@@ -342,18 +367,21 @@ func ClientFailsWithItsFiles(t *testing.T, talker Talker, start protocol.Start) 
 	synctest.Test(t, func(t *testing.T) {
 		n := start(t)
 		n.Dial(t).Ask("Put:k:v\nPing", ":PONG")
+
 		broken := errors.New("broken")
 		in, end := io.Pipe()
 		go func() {
 			io.WriteString(end, "Get:k\n")
 			end.CloseWithError(broken)
 		}()
+
 		a := n.Dial(t)
 		if _, _, err := talker.Talk(Talk{Conn: a.Conn, In: in, Out: Closing(io.Discard),
 			Errs: io.Discard}); !errors.Is(err, broken) {
 			t.Errorf("the input fails: %v", err)
 		}
 		a.Close()
+
 		none, out := io.Pipe()
 		none.CloseWithError(broken)
 		a = n.Dial(t)
@@ -374,6 +402,7 @@ func ClientFailsWithItsFiles(t *testing.T, talker Talker, start protocol.Start) 
 			}
 			a.Close()
 		}
+
 		n.HangUp()
 	})
 }

@@ -21,6 +21,7 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 			f.Add([]byte(c.Send), uint16(i))
 		}
 	}
+
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
 		lines := strings.SplitAfter(string(script), "\n")
 		m := NewModel(help)
@@ -28,14 +29,18 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 		if strings.HasPrefix(lines[0], tlsHandshake) {
 			want, quit = ":ERROR line 1: \n", true
 		}
+
 		for i, line := range lines {
 			if line == "" || quit {
 				continue
 			}
+
 			if !strings.HasSuffix(line, "\n") {
 				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
 				continue
 			}
+
+			// A line may end with CR, or CR and NUL, and a blank line is no request.
 			line = strings.TrimSuffix(line, "\n")
 			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
 				line = short
@@ -45,10 +50,12 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 			if line == "" {
 				continue
 			}
+
 			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
 				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
 				return // Stats shows the time; and the model folds letters as Unicode does
 			}
+
 			answer := m.Answer(i+1, line)
 			if strings.HasPrefix(answer, ":ERROR") {
 				answer += "\n"
@@ -58,11 +65,13 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 					answer = cmp.Or(foreign, answer)
 				}
 			}
+
 			spoke = true
 			want += answer
 			verb := strings.ToLower(line)
 			quit = quit || verb == "quit" || verb == "exit"
 		}
+
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			a := n.Dial(t)
 			go func() {

@@ -178,6 +178,7 @@ func TakeOnRealSockets(t *testing.T, serve func(listeners ...net.Listener)) {
 		}
 	}
 	Await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
+
 	for _, conn := range takers {
 		if c, isTCP := conn.(*net.TCPConn); isTCP {
 			c.SetLinger(0) // so that Close resets it
@@ -185,6 +186,7 @@ func TakeOnRealSockets(t *testing.T, serve func(listeners ...net.Listener)) {
 		conn.Close()
 	}
 	Await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
+
 	a.Ask("Put:k:v\nTake:k", "k:v")
 	a.HangUp()
 }

@@ -327,24 +327,29 @@ func ExpireManyAtOnce(t *testing.T, start StartOn, round time.Duration, deletes 
 			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
 		}
 		db.Put("stays", "v")
+
 		a := start.on(t, db).Dial(t)
 		world.Pass(time.Second - time.Millisecond)
 		a.Ask("Count:k1", ":OK 1")
 		a.WantStat("expiring_keys", many)
 		<-time.After(time.Millisecond)
+
 		most := round + time.Duration(deletes+2)*takes
 		left, turns := many, 0
 		for ; left > 0; turns++ {
 			start := time.Now()
+
 			left = a.Stat("expiring_keys")
 			key := fmt.Sprint("k", many-1-turns)
 			a.Ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
 			a.Ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
+
 			const chains = 4
 			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
 				t.Fatalf("with %d keys to go a client waits %v", left, took)
 			}
 		}
+
 		is.Between(t, "turns in which the keys went", turns, 10, math.MaxInt)
 	})
 }
@@ -369,6 +374,7 @@ func RoomForEveryWrite(t *testing.T, start StartOn) {
 		is.OK(t, err)
 		t.Cleanup(func() { is.OK(t, store.Close()) })
 		db := &roomCounter{Store: store}
+
 		c, long, size := start.on(t, db).DialAck(t), func(of string) string { return strings.Repeat(of, kilo) }, 0
 		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v", "Expire:k:9",
 			"Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
@@ -376,6 +382,7 @@ func RoomForEveryWrite(t *testing.T, start StartOn) {
 			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
 			for c.Read() != ":PONG" {
 			}
+
 			data, _ := dir.Read("seg-1.log")
 			if size > 0 {
 				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
