@@ -170,7 +170,7 @@ func TakeOnRealSockets(t *testing.T, serve func(listeners ...net.Listener)) {
 		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
 			conn, err := net.Dial(addr.Network(), addr.String())
 			is.OK(t, err)
-			io.WriteString(conn, "Take:k:60\n")
+			io.WriteString(conn, "Take:k:600\n") // longer than Await waits
 			if half {
 				conn.(world.HalfConn).CloseWrite()
 			}
