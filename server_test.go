@@ -733,6 +733,7 @@ func TestTLSHandshakesTakeLittleMemory(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 
+		// Of a hello of 64 KiB all but the last quarter comes.
 		hello := []byte("\x16\x03\x01\x40\x00\x01\x00\xff\xff") // in records of 16 KiB
 		hello = append(hello, make([]byte, 1<<14-4)...)
 		for range 2 {
@@ -1768,11 +1769,13 @@ func TestTakeWaitsInLine(t *testing.T) { protocol.TakeWaitsInLine(t, serveEmpty)
 // key, and no earlier request of its own client.
 func TestTakeWaitsItsTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
+		// A client whose Take waits is not one that accepts nothing.
 		n.server.writeTimeout = time.Second
 		a, b := n.Dial(t), n.Dial(t)
 		a.Ask("Ack", ":OK 0")
 
 		for _, seconds := range []int{1, 30, 3600} {
+			// The line is begun before, so that a tick is under way when the Take comes.
 			a.Send("Pu")
 			world.Pass(300 * time.Millisecond)
 			start := time.Now()
@@ -1897,6 +1900,8 @@ func TestMemoryLimit(t *testing.T) {
 		long := strings.Repeat("v", 10*kilo) // long enough for memory of its own
 		a := n.DialAck(t)
 		a.Ask("Put:short:1", ":OK 1")
+
+		// Three quarters are for data: as much as it takes now, and 40 kB.
 		n.server.budget.reserve = kilo
 		n.server.budget.limit = (int64(a.Stat("memory_bytes"))+40*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
@@ -1984,6 +1989,7 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 		a.Send(b.String() + "Ping\n")
 		a.Want(":PONG")
 
+		// A quarter of the room holds half as many values of twice the size. Some may be lost.
 		if again := put("longer", 200); again < stored/4/2*3/4 {
 			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
 		}
@@ -2150,6 +2156,8 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 	b := &New(kvstore.NewMemory()).budget
 	b.limitTo(64<<20, 0)
+
+	// A little (1<<20) that is pinned need not be given up; much (1<<30) may have to be.
 	for _, c := range []struct {
 		eighths, before, after int64 // that are alive, of data; bytes that are pinned
 		needsPinned, isFull    bool
@@ -2173,6 +2181,8 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 // Ensure that memory is given back to the system once data and clients have shrunk by much.
 func TestMemoryIsGivenBack(t *testing.T) {
 	s := New(kvstore.NewMemory())
+
+	// The data shrinks by a fifth, then by more than a quarter, then by a sixth.
 	for _, c := range []struct{ now, largest int64 }{{100 << 20, 100 << 20}, {80 << 20, 100 << 20},
 		{60 << 20, 60 << 20}, {50 << 20, 60 << 20}} {
 		s.budget.store.Store(c.now)
@@ -2315,8 +2325,11 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("k", 3*kilo)
 		n.fill(long, "v", 1)
+
+		// Others take all that there is for lines.
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Store(n.server.budget.forInput())
+
 		a := n.DialAck(t)
 		a.Ask("Take:"+long+":60", long+":v", ":OK 1")
 		is.Within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
@@ -2612,6 +2625,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 			a.Send(c.line + long)
 			world.Pass(quietAfter)
 
+			// From here on lines wait for memory.
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome(c.others + long) })
 			for range c.times {
@@ -2726,6 +2740,7 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 			n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
 			n.server.budget.limitTo(64<<20, 0)
 
+			// The line of mute has the only memory that is left for a line.
 			mute := n.dialMute(t)
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			go send(mute)
@@ -2780,6 +2795,7 @@ func TestMaxQueues(t *testing.T) {
 			honest.Send(strings.Repeat("Get:k\n", 100) + "Ping\n")
 			is.Equal(t, "replies of a client that reads", honest.Count("k:"), 100)
 
+			// Beyond the limit each client may have a Write under way, and two messages.
 			if queued := honest.Stat("queued_bytes"); queued >
 				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
@@ -2939,6 +2955,8 @@ func TestMemoryOfABusyClient(t *testing.T) {
 		a := n.Dial(t)
 		a.Ask("Ping", ":PONG")
 		before := heapBytes()
+
+		// Each chain is shorter than the last: its spare queries must keep no earlier burst.
 		for lines := maxChain; lines > 0; lines -= 8 {
 			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.Ask("Ping", ":PONG")
@@ -3563,6 +3581,8 @@ func TestDumpRestores(t *testing.T) {
 			for i := range b {
 				b[i] = "\r\x00a:\xff "[random.IntN(6)]
 			}
+
+			// A key has no colon, but a value may have one.
 			key := strings.ReplaceAll("k"+string(b), ":", ";")
 			want[key] = append(want[key], string(b))
 			n.server.db.Put(key, string(b))
@@ -3957,6 +3977,8 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			}()
 
 			is.Equal(t, "a reader that reads nothing is told to be taking", <-told, false)
+
+			// The more its socket may hold unread, the longer a reader may pause.
 			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
 			if round > 0 { // it is known to read
 				most += slowAfter
