@@ -4591,7 +4591,8 @@ var binary protocol.Program = func(args ...string) *exec.Cmd {
 // inProcess is kvserver -c in this process.
 var inProcess = command.Talker{
 	Talk: func(c command.Talk) (good bool, through int, err error) {
-		t := newTalker(config{requests: c.Requests, ping: c.Ping, stop: c.Stop, timeout: c.Timeout}, c.Errs)
+		t := newTalker(config{requests: c.Requests, ping: c.Ping, stop: c.Stop, timeout: c.Timeout},
+			c.Errs)
 		t.conn, t.in, t.out, t.isTyped = c.Conn, c.In, c.Out, c.IsTyped
 		good, err = talk(t)
 		return good, t.answered, err

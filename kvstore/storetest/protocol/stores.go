@@ -375,9 +375,10 @@ func RoomForEveryWrite(t *testing.T, start StartOn) {
 		t.Cleanup(func() { is.OK(t, store.Close()) })
 		db := &roomCounter{Store: store}
 
-		c, long, size := start.on(t, db).DialAck(t), func(of string) string { return strings.Repeat(of, kilo) }, 0
-		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v", "Expire:k:9",
-			"Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
+		long := func(of string) string { return strings.Repeat(of, kilo) }
+		c, size := start.on(t, db).DialAck(t), 0
+		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v",
+			"Expire:k:9", "Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
 			name, arguments, _ := strings.Cut(verb, ":")
 			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
 			for c.Read() != ":PONG" {
