@@ -81,9 +81,7 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
-	"cmp"
 	"crypto/tls"
 	"errors"
 	"flag"
@@ -141,10 +139,13 @@ func TestFlagsAreDocumented(t *testing.T) {
 			t.Errorf("%d columns: %s", len(line), line)
 		}
 	}
+
 	_, table, _ := strings.Cut(readme, "\n| flag | environment | is |\n|---|---|---|\n")
 	table, _, _ = strings.Cut(table, "\n\n")
 	rows := strings.Split(table, "\n")
+
 	flags.VisitAll(func(f *flag.Flag) {
+		// A default that the help text says in brackets is the one that the flag has.
 		if said, isSaid := strings.CutSuffix(f.Usage, ")"); isSaid {
 			said = said[strings.LastIndex(said, "(")+1:]
 			saidDefaults++
@@ -153,6 +154,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 				t.Errorf("-%s has another default than %q: %v", f.Name, said, err)
 			}
 		}
+
 		want := row(f)
 		at := slices.IndexFunc(rows, func(row string) bool {
 			rest, ok := strings.CutPrefix(row, want)
@@ -164,9 +166,12 @@ func TestFlagsAreDocumented(t *testing.T) {
 		}
 		rows = slices.Delete(rows, at, at+1)
 	})
+
 	if len(rows) > 0 {
 		t.Errorf("the README's table of flags has a row for no flag:\n%s", rows[0])
 	}
+
+	// Every default that is not empty is said in the help text.
 	for field := range reflect.ValueOf(c).NumField() {
 		if !reflect.ValueOf(c).Field(field).IsZero() {
 			saidDefaults--
@@ -229,6 +234,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 		is.OK(t, store.Commit())
 	}
 	store.Close()
+
 	if err := run([]string{"repair", dir, filepath.Join(path, "whole")}, io.Discard); err != nil {
 		t.Errorf("of a whole store: %v", err)
 	}
@@ -237,6 +243,7 @@ func TestRepairSaysWhatIsLost(t *testing.T) {
 	b, _ := os.ReadFile(name)
 	b[100] ^= 1 // a bit in the first frame
 	os.WriteFile(name, b, 0o600)
+
 	err := run([]string{"repair", dir, filepath.Join(path, "saved")}, io.Discard)
 	if err == nil || errors.As(err, new(misuse)) || !strings.Contains(err.Error(), "is lost") {
 		t.Errorf("of a damaged one: %v", err)
@@ -255,12 +262,14 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		c.addr != "localhost:5" || c.maxLine != 77 {
 		t.Errorf("with a flag: %+v, %v", c, err)
 	}
+
 	t.Setenv("KVSERVER_MAX_LINE", "many")
 	t.Setenv("KVSERVER_MAX_LINE", "")
 	t.Setenv("KVSERVER_VERSION", "1.2")
 	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
 		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
+
 	t.Setenv("KVSERVER_TLS_CA", "ca.pem") // for -ping, on the machine of a server
 	if _, err = parseFlags(nil, io.Discard); err != nil {
 		t.Errorf("a server with a CA for -ping beside it: %v", err)
@@ -268,6 +277,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	if c, err = parseFlags([]string{"-ping"}, io.Discard); err != nil || c.ca != "ca.pem" {
 		t.Errorf("-ping with a CA from the environment: %q, %v", c.ca, err)
 	}
+
 	for _, bad := range []string{"many", "1kB2", "1", "2GiB"} {
 		t.Setenv("KVSERVER_MAX_LINE", bad)
 		if _, err = parseFlags(nil, io.Discard); err == nil || err.Error() !=
@@ -296,6 +306,8 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		}
 		os.Unsetenv("KVSERVER_" + name)
 	}
+
+	// Advice shows such a path in quotes.
 	for why, todo := range map[error]string{
 		storage.ErrMissing: `mkdir -m 700 "/none\n"`,
 		syscall.EROFS:      `Mount its file system for writing, or give another directory. kvserver check "/n`,
@@ -315,6 +327,7 @@ func TestFlagsUnknownInTheEnvironment(t *testing.T) {
 		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
 		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999", "KVSERVER_C=1",
 	})
+
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
 	if len(lines) != 3 || !strings.Contains(lines[2], "name=KVSERVER_C todo=\"kvserver help flags") ||
 		!strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
@@ -353,6 +366,7 @@ func TestManual(t *testing.T) {
 			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)
 		}
 	}
+
 	for _, words := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair",
 		"check repair", "Repair CHECK", "more than one machine"} {
 		part.Reset()
@@ -364,6 +378,7 @@ func TestManual(t *testing.T) {
 				t.Errorf("help %s: %v, it begins with %q", words, err, heading)
 			}
 		}
+
 		if text := part.String(); len(text) < 100 || strings.Contains(text, "|--") ||
 			strings.Count(text, "\n## ") > 0 {
 			t.Errorf("help %s prints no part of the README, two, or a raw table: %s", words, text)
@@ -405,18 +420,22 @@ func TestPromisesHaveTests(t *testing.T) {
 		is.OK(t, err)
 		code = append(code, b...)
 	}
+
 	page, _, _ := strings.Cut(string(code), "\npackage main")
 	names := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(page, -1)
+
 	_, promises, _ := strings.Cut(readme, "\n## What it promises\n")
 	promises, _, _ = strings.Cut(promises, "\n## ")
 	if strings.Count(promises, "\n- ") < 10 {
 		t.Fatalf("the README promises %q", promises)
 	}
+
 	for _, m := range regexp.MustCompile(`(?m)^- (.*)\.$`).FindAllStringSubmatch(promises, -1) {
 		if !strings.Contains(page, "\n//\t"+m[1]+"\n//\t\t") {
 			t.Errorf("the README promises %q, of which the first page names no test", m[1])
 		}
 	}
+
 	if len(names) < 40 {
 		t.Errorf("the first page names %d tests", len(names))
 	}
@@ -442,16 +461,21 @@ func metricsAtStart(t *testing.T) map[string]string {
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
+
 	answer := httptest.NewRecorder()
 	ask := httptest.NewRequest("GET", "http://localhost/metrics", nil)
 	s.watchHandler("").ServeHTTP(answer, ask)
+
 	series := map[string]string{"up": "1x60"}
 	for line := range strings.Lines(answer.Body.String()) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && name != "#" {
 			series[name] = value + "x60"
 		}
 	}
+
+	// The uptime grows, because the server goes on.
 	series["kvserver_uptime_seconds"] = "0+60x60"
+
 	if len(series) < 40 {
 		t.Errorf("the server shows %d numbers", len(series))
 	}
@@ -471,18 +495,22 @@ func TestLogNeverBlocks(t *testing.T) {
 				log.Info("a line", "number", i)
 			}
 			is.Within(t, flushTime, flushTime, log.flush) // for somebody who does not read
+
+			// From here on somebody reads.
 			var text strings.Builder
 			done := make(chan struct{})
 			go func() {
 				io.Copy(&text, r)
 				close(done)
 			}()
+
 			synctest.Wait()
 			log.Info("the last line")
 			log.flush()
 			close(log.lines)
 			w.Close()
 			<-done
+
 			lines := strings.Split(strings.TrimSpace(text.String()), "\n")
 			lost := regexp.MustCompile(`lines of log were lost.*lines"?[=:](9[89]|100)\b`).FindAllString(
 				text.String(), -1)
@@ -506,11 +534,13 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		n.fill("big", strings.Repeat("v", 1200), 2000)
 		n.Dial(t).HangUp()
 		n.Dial(t).Close()
+
 		a := n.Dial(t)
 		a.Send("Get:big\nGet:big\n")
 		world.Pass(2 * slowAfter)
 		a.Close()
 		synctest.Wait()
+
 		b := n.Dial(t)
 		b.WantStat("replies_dropped_total", 1)
 		b.HangUp()
@@ -541,9 +571,12 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 			}
 			return nil
 		}
+
 		db := storeIn(t, dir, nil)
 		db.Put("k", "v")
 		is.OK(t, db.Commit())
+
+		// All data has to be written again, and that stands still until goOn.
 		is.OK(t, dir.Remove("seg-1.log"))
 		hardlyCame.Store(true)
 		world.Pass(2 * time.Second) // until the store looks at its files
@@ -552,10 +585,12 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 		var text command.Screen
 		log := newLog(&text, false, false)
 		go giveUp(log, db, ended) // which would end this process
+
 		world.Pass(2 * stopTime)
 		close(ended)
 		close(goOn)
 		world.Pass(lookTime)
+
 		log.flush()
 		close(log.lines)
 		is.In(t, "the log", text.Take(), "waits until all data is written again")
@@ -585,6 +620,7 @@ func TestTLSHandshakeIsLimited(t *testing.T) {
 			if closing {
 				want = 0
 			}
+
 			is.Within(t, want, want, func() {
 				if closing {
 					n.server.Close()
@@ -608,10 +644,13 @@ func TestTLSFailuresAreCounted(t *testing.T) {
 				a.Close()
 			}
 		}
+
+		// The first line comes at once, the next one a while later: it counts what came between.
 		flood()
 		world.Pass(seldomTime)
 		flood()
 		synctest.Wait()
+
 		lines := regexp.MustCompile(
 			`TLS handshakes failed" since_last_line=(\d+)`).FindAllStringSubmatch(n.log.Take(), -1)
 		if len(lines) != 2 || lines[0][1] != "1" || lines[1][1] != "100" {
@@ -629,6 +668,7 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.tls, n.server.maxClients, n.server.handshakes = withTLS, 1, 10
 		const interval = time.Second / 400
+
 		done := make(chan struct{})
 		var flood sync.WaitGroup
 		flood.Go(func() {
@@ -638,6 +678,8 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 			}
 		})
 		world.Pass(2 * handshakeTime)
+
+		// A silent handshake is replaced after ten intervals, but one whose hello has come stays.
 		for _, trip := range []time.Duration{0, 5 * interval, time.Second} {
 			a := n.Dial(t)
 			a.Conn = &farConn{a.Conn, trip} // one trip for a hello, a handshake and a request
@@ -645,6 +687,7 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 			a.Close()
 			synctest.Wait()
 		}
+
 		close(done)
 		flood.Wait()
 	})
@@ -661,6 +704,7 @@ func TestTLSHandshakesWaitForACommit(t *testing.T) {
 			n.server.db = kvstore.StoreOf(store)
 			n.server.tls, n.server.handshakes = withTLS, most
 			n.Dial(t).OverTLS().Post("Put:k:v\n") // its Commit lasts
+
 			var came atomic.Int64
 			var all sync.WaitGroup
 			for range clients {
@@ -671,12 +715,15 @@ func TestTLSHandshakesWaitForACommit(t *testing.T) {
 					} else {
 						a.SendSome("garbage, not a handshake\n")
 					}
+
 					io.Copy(io.Discard, a.R)
 					a.Close()
 				})
 			}
+
 			world.Pass(handshakeTime / 2)
 			is.Between(t, "connections that were accepted", came.Load(), most, most+maxBatch+2)
+
 			close(store.Gate)
 			all.Wait()
 			n.Dial(t).OverTLS().Ask("Ping", ":PONG")
@@ -691,11 +738,15 @@ func TestTLSHandshakesTakeLittleMemory(t *testing.T) {
 		n.server.tls = withTLS
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
+
+		// Of a hello of 64 KiB all but the last quarter comes.
 		hello := []byte("\x16\x03\x01\x40\x00\x01\x00\xff\xff") // in records of 16 KiB
 		hello = append(hello, make([]byte, 1<<14-4)...)
 		for range 2 {
 			hello = append(append(hello, "\x16\x03\x01\x40\x00"...), make([]byte, 1<<14)...)
 		}
+
+		// The first connection starts the server, which has memory of its own.
 		n.Dial(t)
 		before := heapBytes()
 		for range 300 {
@@ -750,14 +801,16 @@ func TestCommand(t *testing.T) {
 					c.in, out, errs, good, err, c.out, c.errs, c.good, c.err)
 			}
 		}
+
 		a := n.Dial(t)
 		go func() {
 			<-time.After(time.Second)
 			n.server.Close()
 		}()
+
 		r, _ := io.Pipe() // an input that never ends
 		if _, err := talk(&talker{conn: a.Conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
-			out: closing(io.Discard), errs: io.Discard}); err != nil {
+			out: command.Closing(io.Discard), errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
 		<-time.After(2 * time.Second)
@@ -769,6 +822,7 @@ func TestCommandShowsResults(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.maxLine = 1 << 20
 		long := strings.Repeat("v", 2*maxWrite)
+
 		for _, c := range []struct {
 			requests []string
 			out      string
@@ -796,275 +850,15 @@ func TestCommandShowsResults(t *testing.T) {
 	})
 }
 
-// Ensure that a line that the server sends unasked is shown, and is an error, whether an answer is
-// owed or not.
-func TestCommandHearsTheServer(t *testing.T) {
-	for _, c := range []struct {
-		in, answers string
-		want        error
-	}{
-		{"", ":OK 0\n:ERROR line 0: it stops\n", errTold},
-		{"", ":OK 0\n:ERROR line 1: it stops\n", errTold},
-		{"Put:a:b\n", ":OK 0\n:OK 1\n:ERROR line 2: it stops\n", errTold},
-		{"Put:a:b\n", ":OK 0\n:ERROR line 0: it stops\n", errUnanswered},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				io.WriteString(theirs, c.answers[:len(":OK 0\n")])
-				<-time.After(1) // by then all requests are sent
-				io.WriteString(theirs, c.answers[len(":OK 0\n"):])
-				io.Copy(io.Discard, theirs)
-				theirs.Close()
-			}()
-			var errs bytes.Buffer
-			talker := &talker{conn: ours, in: strings.NewReader(c.in), out: closing(io.Discard), errs: &errs}
-			if err := cmp.Or(talker.greet(), talker.converse()); !errors.Is(err, c.want) ||
-				errs.String() != "the server says: it stops\n" {
-				t.Errorf("after %q: %v, and it says %q", c.answers, err, &errs)
-			}
-			ours.Close()
-			world.Pass(2)
-		})
-	}
-}
+func TestCommandHearsTheServer(t *testing.T) { command.ClientHearsTheServer(t, inProcess) }
+func TestCommandLosesItsServer(t *testing.T) { command.ClientLosesItsServer(t, inProcess) }
+func TestCommandResumes(t *testing.T)        { command.ClientResumes(t, inProcess, serveEmpty) }
+func TestCommandSendsLongLines(t *testing.T) { command.ClientSendsLongLines(t, inProcess, maxWrite) }
+func TestCommandTimeout(t *testing.T)        { command.ClientTimeout(t, inProcess) }
+func TestCommandLeavesTheLine(t *testing.T)  { command.ClientLeavesTheLine(t, binary, serveTCP) }
 
-// Ensure that a missing answer is an error, wherever the server was lost; that an answer to no
-// request is one; and that a program other than kvserver is recognized. With -stop, where each
-// answer lets one request go, the same holds.
-func TestCommandLosesItsServer(t *testing.T) {
-	for _, c := range []struct {
-		in      string // "": nothing is sent, and the input does not end
-		answers string
-		want    error
-		text    string
-		stops   bool
-	}{
-		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", errUnanswered, "", false},
-		{"Get:a\n", ":OK 0\na:b\na:c", errUnanswered, "", false},
-		{"", ":OK 0\n", errGone, "", false},
-		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", errSilent,
-			"", false}, // a TLS server's unexpected_message
-		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
-			errUnanswered, "", false},
-		{"Get:a\n", "", errSilent, "", false},
-		{"Get:a\n", "", syscall.ECONNRESET, "", false}, // because the Ack was not read
-		{"Get:a\n", ":ERROR line 0: server is full (3 clients)\n", errNoPlace,
-			"server is full (3 clients)", false},
-		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", errStranger,
-			`this is no kvserver: it says "HTTP/1.1 400 Bad Request\r\n"`, false},
-		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", false},
-		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), errUnasked, "", true},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // welcome, rest
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-					io.WriteString(theirs, some)
-				}
-				synctest.Wait()
-				if c.want == errSilent {
-					theirs.Read(make([]byte, 100))
-				}
-				theirs.Close()
-			}()
-			in, end := io.Pipe()
-			if c.in != "" {
-				go func() {
-					io.WriteString(end, c.in)
-					end.Close()
-				}()
-			}
-			good, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
-				config: config{stop: c.stops}})
-			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
-			}
-			ours.Close()
-			end.Close()
-			in.Close()
-			world.Pass(2)
-		})
-	}
-}
-
-// Ensure that -c says up to which line of its input all requests were answered, whatever ended it,
-// so that a load can be resumed: blank lines count, and answered requests need not be sent again.
-// With -stop nothing after an error is sent.
-func TestCommandResumes(t *testing.T) {
-	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
-	for _, c := range []struct {
-		answers int // that come before the connection ends; -1: all, and it does not end
-		stops   bool
-		want    error
-		through int
-		errs    string
-	}{
-		{0, false, errUnanswered, 0, ""},
-		{1, false, errUnanswered, 1, ""},
-		{3, false, errUnanswered, 3, ""},
-		{4, false, errUnanswered, 4, ""},
-		{7, false, errUnanswered, 7, "line 5: Put needs"},
-		{-1, false, nil, 9, "line 5: Put needs"},
-		{-1, true, errStopped, 4, "line 5: Put needs"}, // this line has to be sent again
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() { // a relay to the server, which loses later answers
-				a := n.Dial(t)
-				go func() {
-					io.Copy(a.Conn, theirs)
-					a.Conn.CloseWrite()
-				}()
-				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
-					line, err := a.R.ReadString('\n')
-					if err != nil {
-						break
-					}
-					io.WriteString(theirs, line)
-				}
-				if c.answers >= 0 {
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-				}
-				theirs.Close()
-				a.Close()
-			}()
-			var errs bytes.Buffer
-			talker := &talker{conn: ours, in: strings.NewReader(load),
-				out: closing(io.Discard), errs: &errs, config: config{stop: c.stops}}
-			good, err := talk(talker)
-			if good || !(errors.Is(err, c.want) || c.want == errUnanswered &&
-				errors.Is(err, syscall.ECONNRESET)) || talker.answered != c.through ||
-				!strings.HasPrefix(errs.String(), c.errs) {
-				t.Errorf("after %d answers: %v, %v through line %d, and %q; want %v through line "+
-					"%d", c.answers, good, err, talker.answered, &errs, c.want, c.through)
-			}
-			talker.conn.Close()
-			synctest.Wait()
-			if list := n.server.db.Get("k"); c.stops && len(list) != 2 {
-				t.Errorf("with -stop %q were put, want the two before the error", list)
-			}
-		})
-	}
-}
-
-// Ensure that -c sends a line before all of it has come, so that it keeps only a piece of a long one,
-// and that it counts as one line.
-func TestCommandSendsLongLines(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, end := io.Pipe()
-		answered := make(chan int, 1)
-		go func() {
-			talker := &talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard}
-			if good, err := talk(talker); !good {
-				t.Error(err)
-			}
-			answered <- talker.answered
-		}()
-		r := bufio.NewReader(theirs)
-		r.ReadString('\n')
-		io.WriteString(theirs, ":OK 0\n")
-		line := "Put:k:" + strings.Repeat("v", 8*maxWrite)
-		go io.WriteString(end, line)
-		start := make([]byte, 7*maxWrite)
-		io.ReadFull(r, start) // without the end of the line
-		go func() {
-			io.WriteString(end, "\n")
-			end.Close()
-		}()
-		rest, _ := io.ReadAll(r)
-		if got := string(start) + string(rest); got != line+"\n" {
-			t.Errorf("%d bytes are sent, want %d", len(got), len(line)+1)
-		}
-		io.WriteString(theirs, ":OK 1\n")
-		theirs.Close()
-		is.Equal(t, "answered lines", <-answered, 1)
-		ours.Close()
-	})
-}
-
-// Ensure that -timeout ends a conversation with a server that has stopped answering, but counts
-// neither a pause between requests nor an answer that comes in parts.
-func TestCommandTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, typed := io.Pipe()
-		go func() {
-			r := bufio.NewReader(theirs)
-			r.ReadString('\n')
-			io.WriteString(theirs, ":OK 0\n")
-			for range 3 {
-				<-time.After(time.Minute)
-				io.WriteString(typed, "Ping\n")
-				r.ReadString('\n')
-				<-time.After(4 * time.Second)
-				io.WriteString(theirs, ":PONG\n")
-			}
-			io.WriteString(typed, "Ping\n")
-		}()
-		began := time.Now()
-		_, err := talk(&talker{conn: ours, in: in, out: closing(io.Discard), errs: io.Discard,
-			config: config{timeout: 5 * time.Second}})
-		if took := time.Since(began); !errors.Is(err, errQuiet) || took != 3*64*time.Second+5*time.Second {
-			t.Errorf("%v after %v", err, took)
-		}
-		ours.Close()
-		theirs.Close()
-		in.Close()
-	})
-}
-
-func TestCommandLeavesTheLine(t *testing.T) { command.ClientLeavesTheLine(t, binary, serveTCP) }
-
-// Ensure that -timeout limits silence, not an answer that takes long while its bytes flow, and that
-// -ping has a limit by itself if a server stalls after its welcome. What was answered is good, though
-// the server does not close the connection.
 func TestCommandBesideASilentServer(t *testing.T) {
-	for _, c := range []struct {
-		config  config
-		answers []string // one every 4 s
-		closes  bool     // the server, behind them
-		good    bool
-		took    time.Duration
-	}{
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a", "bc\n", ": d\n", ":OK 2\n"}, true, true, 20 * time.Second},
-		{config{requests: []string{"Keys"}, timeout: 5 * time.Second},
-			[]string{":OK 0\n", ": a"}, false, false, 13 * time.Second},
-		{config{ping: true}, []string{":OK 0\n"}, false, false, 9 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, true, true, 8 * time.Second},
-		{config{ping: true}, []string{":OK 0\n", ":PONG\n"}, false, true, 8*time.Second + connectTime},
-		{config{requests: []string{"Put:a:b"}, timeout: time.Minute},
-			[]string{":OK 0\n", ":OK 1\n"}, false, true, 68 * time.Second},
-		{config{requests: []string{"Keys"}}, nil, false, false, connectTime},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go io.Copy(io.Discard, theirs)
-			go func() {
-				for _, answer := range c.answers {
-					<-time.After(4 * time.Second)
-					io.WriteString(theirs, answer)
-				}
-				if c.closes {
-					theirs.Close()
-				}
-			}()
-			talker := newTalker(c.config, io.Discard)
-			talker.conn, talker.out = ours, closing(io.Discard)
-			began := time.Now()
-			good, err := talk(talker)
-			if took := time.Since(began); good != c.good || took != c.took ||
-				!good && !errors.Is(err, errQuiet) {
-				t.Errorf("after %q: %v, %v after %v, want %v after %v", c.answers, good, err, took,
-					c.good, c.took)
-			}
-			ours.Close()
-			theirs.Close()
-		})
-	}
+	command.ClientBesideASilentServer(t, inProcess, connectTime)
 }
 
 // Ensure that text in UTF-16, as PowerShell writes it, is reported as such, and is not run.
@@ -1078,11 +872,13 @@ func TestCommandRefusesUTF16(t *testing.T) {
 				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
 			}
 		}
+
 		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
 			if _, _, _, err := converseWith(t, n, in); err != nil {
 				t.Errorf("%q: %v", in, err)
 			}
 		}
+
 		synctest.Wait()
 		if got := n.server.CountActive(); got != 0 {
 			t.Errorf("%d clients are left", got)
@@ -1090,30 +886,8 @@ func TestCommandRefusesUTF16(t *testing.T) {
 	})
 }
 
-func TestCommandOutput(t *testing.T) { command.ClientOutput(t, binary, serveTCP) }
-
-// Ensure that a user at a terminal sees the answer to each request, also to a write.
-func TestCommandOnATerminal(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		var screen command.Screen
-		in, typed := io.Pipe()
-		go func() {
-			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
-				<-time.After(time.Second)
-				io.WriteString(typed, line)
-			}
-			<-time.After(time.Second)
-			typed.Close()
-		}()
-		typist := talker{conn: n.Dial(t).Conn, in: in, out: closing(&screen), errs: &screen, isTyped: true}
-		if good, err := talk(&typist); !good || err != nil ||
-			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
-			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
-		}
-	})
-}
-
+func TestCommandOutput(t *testing.T)        { command.ClientOutput(t, binary, serveTCP) }
+func TestCommandOnATerminal(t *testing.T)   { command.ClientOnATerminal(t, inProcess, serveEmpty) }
 func TestCommandIsInterrupted(t *testing.T) { command.ClientIsInterrupted(t, binary, serveTCP) }
 
 // Ensure that checking many requests on the command line takes linear memory: each is checked
@@ -1138,10 +912,12 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 		t.answered = 2
 		return t
 	}
+
 	owed := make(chan queryType, 1)
 	owed <- put
 	quits := answered(new(talker))
 	quits.quit = 2
+
 	for _, c := range []struct {
 		talker *talker
 		err    error
@@ -1171,55 +947,9 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 	wantTodo(t, dialProblem("unix:/run/sock", denied), "ls -l /run/sock")
 }
 
-// Ensure that an output that cannot be written, and an input that cannot be read, are errors.
 func TestCommandFailsWithItsFiles(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.fill("k", "v", 1)
-		broken := errors.New("broken")
-		in, end := io.Pipe()
-		go func() {
-			io.WriteString(end, "Get:k\n")
-			end.CloseWithError(broken)
-		}()
-		a := n.Dial(t)
-		if _, err := talk(&talker{conn: a.Conn, in: in, out: closing(io.Discard),
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the input fails: %v", err)
-		}
-		a.Close()
-		none, out := io.Pipe()
-		none.CloseWithError(broken)
-		a = n.Dial(t)
-		if _, err := talk(&talker{conn: a.Conn, config: config{requests: []string{"Get:k"}}, out: closing(out),
-			errs: io.Discard}); !errors.Is(err, broken) {
-			t.Errorf("the output fails: %v", err)
-		}
-		a.Close()
-
-		// The output may fail only when it is closed, as with a network file system, also after an
-		// error.
-		for _, request := range []string{"Get:k", "get k"} {
-			a = n.Dial(t)
-			_, err := talk(&talker{conn: a.Conn, config: config{requests: []string{request}},
-				out: closesWith{io.Discard, broken}, errs: io.Discard})
-			if !errors.Is(err, broken) || !errors.Is(err, errOutput) {
-				t.Errorf("the output fails when it is closed: %v", err)
-			}
-			a.Close()
-		}
-	})
+	command.ClientFailsWithItsFiles(t, inProcess, serveEmpty)
 }
-
-// closesWith is a file that reports only in Close what happened to its data.
-type closesWith struct {
-	io.Writer
-	err error
-}
-
-func (c closesWith) Close() error { return c.err }
-
-// closing returns w as a file whose Close does nothing.
-func closing(w io.Writer) io.WriteCloser { return closesWith{w, nil} }
 
 // ---- server.go: start, counts and close
 
@@ -1232,6 +962,7 @@ func TestStart(t *testing.T) {
 	a := protocol.DialTCP(t, first.listener.Addr().String())
 	a.Ask("Ping", ":PONG")
 	a.HangUp()
+
 	second := New(kvstore.NewMemory())
 	is.Equal(t, "a taken port", errors.Is(second.Start(port), syscall.EADDRINUSE), true)
 	is.OK(t, second.Start(0)) // a free port after a taken one
@@ -1259,6 +990,7 @@ func TestStartAndCloseInAnyOrder(t *testing.T) {
 			wg.Go(func() { n.server.CountDropped() })
 		}
 		wg.Wait()
+
 		is.Equal(t, "clients after Close", n.server.CountActive(), 0)
 		is.Equal(t, "start after Close", n.server.serve(newFakeNet()), errClosed)
 		a.Close() // its Get may have come too late, so the server may have reset the connection
@@ -1277,10 +1009,12 @@ func TestStartOnSeveralListeners(t *testing.T) {
 		other, failing := newFakeNet(), newFakeNet()
 		other.server, failing.Failures = n.server, 1<<30
 		is.OK(t, n.server.serve(n, other, failing))
+
 		a, b := n.Dial(t), other.Dial(t)
 		a.Ask("Put:k:v\nPing", ":PONG")
 		b.Ask("Get:k", "k:v")
 		is.Equal(t, "clients", n.server.CountActive(), 2)
+
 		n.server.Close()
 		protocol.WantAllClosed(a, b)
 		for _, l := range []*fakeNet{n, other, failing} {
@@ -1307,12 +1041,15 @@ func TestCounts(t *testing.T) {
 			}
 			wg.Wait()
 		}
+
 		n.start(t)
 		check(0, 0)
 		a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
 		check(3, 0)
 		a.Ask("Ping", ":PONG")
 		check(3, 0)
+
+		// A client may leave in several ways, and each counts once.
 		a.HangUp()
 		check(2, 1)
 		b.Close()
@@ -1358,6 +1095,7 @@ func TestCloseInEveryState(t *testing.T) {
 			}()
 		}, busyTime + drainTime},
 	}
+
 	for _, s := range states {
 		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
 			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
@@ -1366,6 +1104,7 @@ func TestCloseInEveryState(t *testing.T) {
 					for range maxSnapshots { // none is free
 						n.server.snapshots.slots <- struct{}{}
 					}
+
 					b, a := n.Dial(t), n.Dial(t)
 					s.begin(a)
 					if after > 0 {
@@ -1377,6 +1116,7 @@ func TestCloseInEveryState(t *testing.T) {
 					if after < quietAfter {
 						most = max(most, drainTime)
 					}
+
 					is.Within(t, 0, most+busyTime, n.server.Close)
 					b.WantClosed()
 					a.Close()
@@ -1415,11 +1155,13 @@ func TestCloseUnderASteadyReader(t *testing.T) {
 			n.fill("k", strings.Repeat("v", kilo), 650)
 			a, piece := n.dialTLS(t), make([]byte, 15*kilo)
 			a.Post("Get:k\n")
+
 			const before = 30 // pieces that it reads before the server closes
 			for range before {
 				<-time.After(closeTime / 20)
 				io.ReadFull(a.Conn, piece)
 			}
+
 			all := strings.Repeat("k:"+strings.Repeat("v", kilo)+"\n", 650)
 			readAndSend(a, n.server, all[before*len(piece):], len(piece), closeTime/20)
 		})
@@ -1454,6 +1196,7 @@ func TestCloseWhileTheServerStandsStill(t *testing.T) {
 		n.fill("k", value, 1200)
 		a, b := n.Dial(t), n.Dial(t)
 		b.Ask("Ping", ":PONG")
+
 		a.Post("Get:k\n")
 		b.Post("Put:x:y\n") // its Commit takes long
 		readAndSend(a, n.server, strings.Repeat("k:"+value+"\n", 1200), 15*kilo, closeTime/20)
@@ -1479,6 +1222,7 @@ func readAndSend(a *protocol.Client, s *keyValueServer, want string, size int, p
 	if string(got) != want {
 		a.T.Errorf("%T: %d bytes of %d came", a.Conn, len(got), len(want))
 	}
+
 	a.Close()
 	closing.Wait()
 }
@@ -1493,6 +1237,7 @@ func TestCloseMeetsADeadline(t *testing.T) {
 				synctest.Wait() // until workLoop has set its deadline
 			})
 		}
+
 		a := n.Dial(t)
 		is.Within(t, 0, 2*busyTime, func() {
 			a.Send(strings.Repeat("Put:k:v\n", 1000))
@@ -1511,15 +1256,19 @@ func TestCloseWithTLS(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.fill("small", "v", world.StreamSize/len("small:v\n")) // a stream and a Write hold more
 			n.server.maxClients = 1
+
 			a := n.dialTLS(t)
 			a.Post(request)
 			silent := n.Dial(t)
 			synctest.Wait()
+
 			is.Within(t, 0, closeTime+drainTime+closeTime, n.server.Close)
 			a.Close()
 			silent.Close()
 		})
 	}
+
+	// A goodbye has a limit of its own, also on a connection that ignores deadlines.
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		deaf := &deafConn{closed: make(chan struct{})}
 		n.server.tls = withTLS
@@ -1527,8 +1276,10 @@ func TestCloseWithTLS(t *testing.T) {
 			deaf.Conn = conn
 			return deaf
 		}
+
 		a := n.Dial(t).OverTLS()
 		a.Ask("Ping", ":PONG")
+
 		deaf.on.Store(true)
 		go a.Send("Quit\n")
 		is.Within(t, closeTime, closeTime, func() { <-deaf.closed })
@@ -1565,6 +1316,7 @@ func TestCloseWhileTakesWait(t *testing.T) {
 		b.Send("Ack\nTake:k:60\n")
 		b.Conn.CloseWrite()
 		c.Post("Ack\nTake:k:60\nPut:l:v\nPing\n") // another client might still be waiting for k
+
 		is.Within(t, 0, drainTime, n.server.Close)
 		a.WantRest(":OK 0\n")
 		b.WantRest(":OK 0\n:OK 0\n")
@@ -1622,12 +1374,14 @@ func TestAcceptBacksOff(t *testing.T) {
 		n.Failures = 12
 		const want = 1275*time.Millisecond + 4*time.Second // 5, 10, 20 ... 640 ms, then 1 s four times
 		is.Within(t, want, want, func() { n.Dial(t).Ask("Ping", ":PONG") })
+
 		n.server.Close()
 		log := n.log.Take()
 		for _, line := range []string{"cannot accept connections", "accepting connections again"} {
 			is.Equal(t, line+", in the log", strings.Count(log, line), 1)
 		}
 	})
+
 	inBubble(t, func(t *testing.T, n *fakeNet) { // Close does not wait for the next attempt
 		n.Failures = 1 << 30
 		n.server.serve(n)
@@ -1648,12 +1402,16 @@ func TestMaxClients(t *testing.T) {
 			c.WantClosed()
 			c.Close()
 		}
+
 		is.Equal(t, "clients", n.server.CountActive(), 2)
 		a.Ask("Ping", ":PONG")
+
 		b.HangUp()
 		synctest.Wait()
 		c := n.Dial(t)
 		c.Ask("Ping", ":PONG")
+
+		// As many as are turned away at a time stay, and one more client is told all the same.
 		world.Pass(time.Minute)
 		for range maxRejecting { // none of them reads or closes
 			defer n.Dial(t).Close()
@@ -1661,6 +1419,7 @@ func TestMaxClients(t *testing.T) {
 		d := n.Dial(t)
 		d.Want(":ERROR line 0: server is full (2 clients)")
 		d.WantClosed()
+
 		is.Within(t, 0, drainTime, n.server.Close)
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
 			strings.Count(n.log.Take(), "turning clients away"), 2)
@@ -1714,6 +1473,7 @@ func TestTurnsBesideStalls(t *testing.T) {
 		sh := share{spent: floor, cost: usual}
 		clock.looked = time.Since(clock.epoch) - stall
 		clock.charge(&sh, searched)
+
 		if isBehind := sh.finish() > floor+4*maxLead+4*usual; isBehind != searched ||
 			sh.isHeavy() != searched {
 			t.Errorf("after %v, searched: %v, the client is due %v behind, slow: %v", stall, searched,
@@ -1732,10 +1492,12 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 		n.server.db = protocol.LazyStore{Memory: kvstore.NewMemory(), Takes: func() time.Duration { return takes }}
 		a := n.DialAck(t)
 		a.Ask("Update:k:a:b", ":OK 0")
+
 		takes = time.Millisecond
 		others := n.DialMany(t, 5, func(_ int, o *protocol.Client) {
 			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
 		})
+
 		world.Pass(10 * takes)
 		is.Within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
 		for _, o := range others {
@@ -1754,10 +1516,12 @@ func TestTurnsInOrderOfTime(t *testing.T) {
 		c.share = share{spent: spent, cost: time.Microsecond}
 		return &Query{queryType: get, client: c, key: "k"}
 	}
+
 	much, little := chain(s.floor+maxLead), chain(s.floor)
 	s.queries <- little
 	s.schedule(much)
 	s.schedule(<-s.queries)
+
 	if len(s.turns) != 1 || s.turns[0] != much.client || !slices.Equal(s.batch, []*Query{little}) {
 		t.Errorf("%d chains wait, and %d ran", len(s.turns), len(s.batch))
 	}
@@ -1772,6 +1536,7 @@ func TestTurns(t *testing.T) {
 		s.round.epoch = time.Now()
 		c := newClient(1, new(world.Conn), s)
 		c.buffer = make(chan []byte, 1) // so that nobody writes
+
 		turn := func() (n int, took time.Duration) {
 			chain := make([]Query, 6*kilo) // more than are run in a turn
 			for i := range chain {
@@ -1780,21 +1545,26 @@ func TestTurns(t *testing.T) {
 					chain[i-1].next = &chain[i]
 				}
 			}
+
 			start := time.Now()
 			s.round.begin()
 			s.runChain(&chain[0], &chain[0])
 			s.turns = nil
 			return c.share.next.line, time.Since(start)
 		}
+
+		// The first turn cannot know yet how long requests take.
 		takes = 2 * time.Millisecond
 		first, _ := turn()
 		is.Between(t, "the first long Updates", first, 0, maxStride/searchCost)
 		later, _ := turn()
 		is.Between(t, "long Updates", later, 0, 1)
+
 		takes = time.Microsecond
 		turn()
 		_, took := turn()
 		is.Between(t, "a round of short Updates after long ones", took, maxRound, maxRound+maxStride*takes)
+
 		takes = 2 * time.Millisecond
 		turn()
 		again, _ := turn()
@@ -1816,11 +1586,13 @@ func TestStoreMissesItsFiles(t *testing.T) {
 		n.server.db = db
 		a := n.Dial(t)
 		a.Ask("Put:k:v\nPing", ":PONG")
+
 		is.OK(t, dir.Remove("seg-1.log"))
 		world.Pass(3 * fileCheckTime)
 		killed := storeIn(t, dir.Kill(), nil)
 		is.Equal(t, "values of k after kill -9", killed.Count("k"), 1)
 		killed.Close()
+
 		a.HangUp()
 		n.server.Close()
 		is.OK(t, db.Close())
@@ -1835,19 +1607,24 @@ func TestCommitBeforeReplies(t *testing.T) {
 		n.server.db = kvstore.StoreOf(store)
 		var log bytes.Buffer
 		n.server.log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+
 		a, b, c, taker, waiter := n.DialAck(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
 		a.Ask("Put:k:v", ":OK 1")
 		b.Ask("Get:k", "k:v")
 		taker.Send("Take:job:60\n")
 		waiter.Post("Take:none:60\n")
+
 		store.Fail = errors.New("disk on fire")
 		a.Post("Put:k:w\nPut:job:v\n") // which the Take gets
 		protocol.WantAllClosed(a, b, c, taker, waiter)
 		is.Equal(t, "Failed", <-n.server.Failed(), store.Fail)
+
+		// A client that comes later has no reply either, and nothing is committed for it.
 		commits := store.Commits
 		n.Dial(t).WantClosed()
 		n.server.Close()
 		is.Equal(t, "Commits after one that failed", store.Commits, commits)
+
 		is.Equal(t, "clients that left because the store failed, in the log",
 			strings.Count(log.String(), `reason="the store failed"`), 3)
 	})
@@ -1871,12 +1648,14 @@ func TestCommitGathersBesideLook(t *testing.T) {
 		n.server.db = &protocol.SlowStore{Memory: kvstore.NewMemory(), Takes: 10 * time.Millisecond}
 		a, b, began := n.Dial(t), n.Dial(t), time.Now()
 		a.Ask("Ack", ":OK 0")
+
 		<-time.After(fileCheckTime - 50*time.Millisecond)
 		for range 3 { // both come each time
 			a.Send("Put:k:v\n")
 			b.Ask("Put:k:v\nPing", ":PONG")
 			a.Want(":OK 1")
 		}
+
 		<-time.After(time.Until(began.Add(fileCheckTime - 3*time.Millisecond)))
 		a.Ask("Put:k:v", ":OK 1") // it waits for b, and the look comes meanwhile
 	})
@@ -1895,15 +1674,19 @@ func TestExpireWhileTheClockJumps(t *testing.T) {
 		a.Ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
 		world.Pass(600 * time.Millisecond)
 		a.Ask("Expire:k", ": 3600", ":OK 1") // rounded up
+
 		by(-time.Hour)
 		a.Ask("Expire:k", ": 7200", ":OK 1")
 		world.Pass(time.Hour + time.Minute)
 		a.Ask("Expire:k", ": 3540", ":OK 1")
+
 		by(time.Hour)
 		a.Ask("Get:k\nExpire:k", ":OK 0")
 		a.Ask("Expire:l", ": 5340", ":OK 1")
+
 		by(-2 * time.Hour)
 		a.Ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
+
 		by(4 * time.Hour)
 		world.Pass(2 * expireTime)
 		a.Ask("Keys", ":OK 0")
@@ -1919,6 +1702,7 @@ func TestExpireBeforeTheStart(t *testing.T) {
 			db := storeIn(t, dir, nil)
 			n.server.db = db
 			a := n.Dial(t)
+
 			switch round {
 			case 0:
 				a.Ask("Lease:k:60:v\nLease:l:90:v\nPut:stays:v\nPing", ":PONG")
@@ -1928,11 +1712,13 @@ func TestExpireBeforeTheStart(t *testing.T) {
 					": Put:stays:v", ":OK 3", "l:v")
 			case 2: // nobody asks
 			}
+
 			a.HangUp()
 			n.server.Close()
 			is.OK(t, db.Close())
 			world.Pass(time.Minute)
 		}
+
 		if report, err := durable.Check(dir); err != nil ||
 			!strings.Contains(strings.Join(report.Lines, "\n"), "1 key") {
 			t.Errorf("a check says %q, %v", report.Lines, err)
@@ -1965,89 +1751,14 @@ func TestExpireInTheMillisecond(t *testing.T) {
 	}
 }
 
-// Ensure that many keys that end at once are deleted in turns with the clients' requests, and that
-// nobody sees those that are still there.
 func TestExpireManyAtOnce(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const many, takes = 6000, 10 * time.Microsecond
-		db := slowDeletes{kvstore.NewMemory(), takes}
-		n.server.db = db
-		for i := range many {
-			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
-		}
-		db.Put("stays", "v")
-		a := n.Dial(t)
-		world.Pass(time.Second - time.Millisecond)
-		a.Ask("Count:k1", ":OK 1")
-		a.WantStat("expiring_keys", many)
-		<-time.After(time.Millisecond)
-		left, turns := many, 0
-		for ; left > 0; turns++ {
-			start := time.Now()
-			left = a.Stat("expiring_keys")
-			key := fmt.Sprint("k", many-1-turns)
-			a.Ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
-			a.Ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
-			const chains, most = 4, maxHeavyRound + (expireStride+2)*takes
-			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
-				t.Fatalf("with %d keys to go a client waits %v", left, took)
-			}
-		}
-		is.Between(t, "turns in which the keys went", turns, 10, math.MaxInt)
-	})
-}
-
-// slowDeletes is a Memory whose Deletes take a while.
-type slowDeletes struct {
-	*kvstore.Memory
-	takes time.Duration
-}
-
-func (s slowDeletes) Delete(key string) int {
-	<-time.After(s.takes)
-	return s.Memory.Delete(key)
+	protocol.ExpireManyAtOnce(t, serveOn, maxHeavyRound, expireStride)
 }
 
 func TestExpireIsCommitted(t *testing.T) { protocol.ExpireIsCommitted(t, serveOn) }
 func TestExpireOnAFullDisk(t *testing.T) { protocol.ExpireOnAFullDisk(t, serveOn) }
 
-// Ensure that a store is asked for room for all that a write adds to its log.
-func TestRoomForEveryWrite(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		dir := storetest.New()
-		dir.Reserve = 0 // so that the log ends with what was written
-		db := &roomCounter{Store: storeIn(t, dir, nil)}
-		n.server.db = db
-		c, long, size := n.DialAck(t), func(of string) string { return strings.Repeat(of, kilo) }, 0
-		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v", "Expire:k:9",
-			"Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
-			name, arguments, _ := strings.Cut(verb, ":")
-			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
-			for c.Read() != ":PONG" {
-			}
-			data, _ := dir.Read("seg-1.log")
-			if size > 0 {
-				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
-			}
-			size = len(data)
-		}
-		c.HangUp()
-		n.server.Close()
-		is.OK(t, db.Close())
-	})
-}
-
-// roomCounter is a store that notes for how many bytes it was asked last.
-type roomCounter struct {
-	*durable.Store
-	asked int64
-}
-
-func (r *roomCounter) Room(key string, bytes int64, removes int) error {
-	r.asked = bytes
-	return r.Store.Room(key, bytes, removes)
-}
+func TestRoomForEveryWrite(t *testing.T) { protocol.RoomForEveryWrite(t, serveOn) }
 
 // jump has n's server use a wall clock that by moves forward or back.
 func jump(n *fakeNet) (by func(time.Duration)) {
@@ -2064,23 +1775,30 @@ func TestTakeWaitsInLine(t *testing.T) { protocol.TakeWaitsInLine(t, serveEmpty)
 // key, and no earlier request of its own client.
 func TestTakeWaitsItsTime(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
+		// A client whose Take waits is not one that accepts nothing.
 		n.server.writeTimeout = time.Second
 		a, b := n.Dial(t), n.Dial(t)
 		a.Ask("Ack", ":OK 0")
+
 		for _, seconds := range []int{1, 30, 3600} {
+			// The line is begun before, so that a tick is under way when the Take comes.
 			a.Send("Pu")
 			world.Pass(300 * time.Millisecond)
 			start := time.Now()
 			a.Send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
 			a.Want(":OK 1", "j:1", ":OK 1")
+
 			synctest.Wait()
 			b.Ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
 			is.Equal(t, "the wait of others", time.Since(start), 0)
+
 			a.Want(":OK 0")
 			is.Equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
+
 			a.Ask("Delete:j", ":OK 1")
 			b.Ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
 		}
+
 		b.WantStat("waiting_takes", 0)
 	})
 }
@@ -2099,6 +1817,7 @@ func TestTakeIsDropped(t *testing.T) {
 			ours, _ := world.Pipe(world.StreamSize, world.StreamSize)
 			c := newClient(1, ours, New(kvstore.NewMemory()))
 			c.takeUntil = time.Now().Add(time.Hour)
+
 			end(c)
 			go func() {
 				is.Equal(t, what+": type of the query that workLoop is sent", (<-c.server.queries).queryType, dropTake)
@@ -2119,16 +1838,22 @@ func TestTakeWaitsWhileItsClientSends(t *testing.T) {
 		n.server.maxLine = 300 * kilo
 		a, b := n.Dial(t), n.Dial(t)
 		a.Post(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
+
 		c := n.Dial(t)
 		c.Send("Take:m:600\nPut:m:be")
+
 		long := strings.Repeat("x", 200*kilo)
 		go a.Send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
 		world.Pass(lineTime + 5*time.Second)
 		b.Ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
+
 		b.Send("Put:k:v\n")
 		a.Want("k:v", "l:a", "l:"+long, "l:b")
+
+		// A line that was begun during the wait has its time from the Take's end.
 		world.Pass(lineTime - 5*time.Second)
 		a.Ask("gun\nTake:l\nPing", "l:a", ":PONG")
+
 		b.Ask("Count:l\nPut:m:v", ":OK 3")
 		c.Want("m:v")
 		c.Ask("hind\nTake:m\nPing", "m:behind", ":PONG")
@@ -2139,41 +1864,12 @@ func TestTakeBeforeASlowLine(t *testing.T) { protocol.TakeBeforeASlowLine(t, ser
 func TestTakeOfALateReader(t *testing.T)   { protocol.TakeOfALateReader(t, serveEmpty) }
 func TestTakeOnAFullDisk(t *testing.T)     { protocol.TakeOnAFullDisk(t, serveOn) }
 
-// Ensure that the Take of a client on a real connection leaves the line when the connection breaks,
-// and on a unix socket when it is closed, even after the client's own half-close.
 func TestTakeOnRealSockets(t *testing.T) {
-	t.Parallel()
-	s, path := New(kvstore.NewMemory()), filepath.Join(t.TempDir(), "sock")
-	unix, err := net.Listen("unix", path)
-	is.OK(t, err)
-	tcp, err := net.Listen("tcp", "127.0.0.1:0")
-	is.OK(t, err)
-	is.OK(t, s.serve(tcp, unix))
-	defer s.Close()
-
-	a := protocol.DialTCP(t, tcp.Addr().String())
-	var takers []net.Conn
-	for _, half := range []bool{false, true} {
-		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
-			conn, err := net.Dial(addr.Network(), addr.String())
-			is.OK(t, err)
-			io.WriteString(conn, "Take:k:60\n")
-			if half {
-				conn.(world.HalfConn).CloseWrite()
-			}
-			takers = append(takers, conn)
-		}
-	}
-	protocol.Await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
-	for _, conn := range takers {
-		if c, isTCP := conn.(*net.TCPConn); isTCP {
-			c.SetLinger(0) // so that Close resets it
-		}
-		conn.Close()
-	}
-	protocol.Await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
-	a.Ask("Put:k:v\nTake:k", "k:v")
-	a.HangUp()
+	protocol.TakeOnRealSockets(t, func(listeners ...net.Listener) {
+		s := New(kvstore.NewMemory())
+		is.OK(t, s.serve(listeners...))
+		t.Cleanup(s.Close)
+	})
 }
 
 // Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
@@ -2183,6 +1879,7 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 		const takers = 100
 		clients := n.DialMany(t, takers, func(_ int, a *protocol.Client) { a.Ask("Ping", ":PONG") })
 		burst := strings.Repeat("Delete:k\n", burstSize/16)
+
 		before := heapOfQuiet()
 		for i, a := range clients {
 			go func() {
@@ -2190,7 +1887,9 @@ func TestTakeIsSmallWhileItWaits(t *testing.T) {
 				a.Send(fmt.Sprintf("Take:k%d:3600\n", i))
 			}()
 		}
+
 		is.Between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
+
 		for i, a := range clients {
 			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
 			a.Close()
@@ -2207,14 +1906,18 @@ func TestMemoryLimit(t *testing.T) {
 		long := strings.Repeat("v", 10*kilo) // long enough for memory of its own
 		a := n.DialAck(t)
 		a.Ask("Put:short:1", ":OK 1")
+
+		// Three quarters are for data: as much as it takes now, and 40 kB.
 		n.server.budget.reserve = kilo
 		n.server.budget.limit = (int64(a.Stat("memory_bytes"))+40*kilo)*4/3 + kilo
 		full := fmt.Sprintf("the server's memory is full (%d bytes): Delete something first",
 			n.server.budget.forData())
+
 		for i := range 3 {
 			a.Ask(fmt.Sprint("Put:", i, ":", long), ":OK 1")
 			synctest.Wait() // the reply is written, and takes no memory any more
 		}
+
 		refuse := func(request string) {
 			t.Helper()
 			a.Send(request + "\n")
@@ -2222,14 +1925,18 @@ func TestMemoryLimit(t *testing.T) {
 				t.Errorf("%.20q: got %q, want %q", request, line, full)
 			}
 		}
+
 		refuse("Put:3:" + long)
 		refuse("Update:short:1:" + long)
+
+		// Now there is no room for a byte.
 		synctest.Wait()
 		for n.server.budget.data() < n.server.budget.forData() {
 			n.server.budget.other.Add(100)
 		}
 		refuse("Put:short:2")
 		refuse("Set:short:22") // longer than what it replaces
+
 		a.Ask("Get:short", "short:1", ":OK 1")
 		synctest.Wait()
 		a.Ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
@@ -2238,6 +1945,7 @@ func TestMemoryLimit(t *testing.T) {
 		a.Ask("Set:short:", ":OK 1")
 		a.Ask("Set:short:", ":OK 1")
 		refuse("Set:new:") // a key takes memory
+
 		n.server.budget.other.Store(0)
 		a.Ask("Delete:1", ":OK 1")
 		synctest.Wait()
@@ -2245,6 +1953,7 @@ func TestMemoryLimit(t *testing.T) {
 		if a.Stat("memory_limit_bytes") != int(n.server.budget.forData()) || a.Stat("process_bytes") == 0 {
 			t.Error("Stats does not tell the limit, and what the process takes")
 		}
+
 		a.HangUp()
 		is.Equal(t, "lines of log that say so", strings.Count(n.log.Take(), "the memory is full"), 1)
 	})
@@ -2269,6 +1978,7 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.Dial(t)
 		n.server.budget.limit, n.server.budget.reserve = 10<<20, 0
+
 		put := func(name string, size int) (stored int) {
 			value := strings.Repeat("v", size)
 			for ; ; stored += 100 {
@@ -2276,23 +1986,29 @@ func TestMemoryLimitIsUsedAgain(t *testing.T) {
 				for i := range 100 {
 					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
 				}
+
 				a.Send(b.String() + "Ping\n")
 				refused := false
 				for line := a.Read(); line != ":PONG"; line = a.Read() {
 					refused = true
 				}
+
 				if refused {
 					return stored
 				}
 			}
 		}
+
 		stored := put("short", 100)
 		var b strings.Builder
 		for i := 0; i < stored; i += 4 {
 			fmt.Fprintf(&b, "Delete:short%d\n", i)
 		}
+
 		a.Send(b.String() + "Ping\n")
 		a.Want(":PONG")
+
+		// A quarter of the room holds half as many values of twice the size. Some may be lost.
 		if again := put("longer", 200); again < stored/4/2*3/4 {
 			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
 		}
@@ -2324,9 +2040,11 @@ func TestMemoryLimitLeavesLessGarbage(t *testing.T) {
 	s.budget.limitTo(1<<30, 0)
 	pinned := make([]byte, 2*garbageMin)
 	runtime.GC()
+
 	p := gcPacer{server: s}
 	p.choose()
 	without := p.percent
+
 	s.budget.pinned.Store(int64(len(pinned)))
 	p.choose()
 	is.Between(t, "percent of garbage beside pinned values", p.percent, 1, without*3/4)
@@ -2345,15 +2063,18 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	runtime.GC()
 	(&gcPacer{server: s}).begin()
 	a.Ask("Ack", ":OK 0")
+
 	forced := func() uint32 {
 		var stats runtime.MemStats
 		runtime.ReadMemStats(&stats)
 		return stats.NumForcedGC
 	}
+
 	before := forced()
 	s.budget.other.Store(1 << 30)
 	a.Ask("Put:k:v", fmt.Sprintf(":ERROR line 2: the server's memory is full (%d bytes): Delete "+
 		"something first", s.budget.forData()))
+
 	for forced() == before || s.budget.other.Load() == 1<<30 {
 		runtime.Gosched()
 	}
@@ -2381,13 +2102,17 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				n.fill("big", strings.Repeat("v", kilo), 9000)
 				n.fill("first", strings.Repeat("v", kilo), 300)
 				n.fill("small", strings.Repeat("v", kilo), 1)
+
 				mute, b := n.Dial(t), n.Dial(t)
 				go mute.Send(c.before)
 				world.Pass(2 * seenSlow)
 				mute.Send(c.request)
 				synctest.Wait()
+
 				b.Send("Delete:big\n")
 				held := heapBytes()
+
+				// This is long enough to see that a client drips.
 				for range 2 * dripTime / slowAfter {
 					// The collector finds the values alive, though they are not stored any more.
 					used := &n.server.budget
@@ -2396,6 +2121,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 						eighths = 9
 					}
 					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
+
 					b.Ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / lookTime {
 						if world.Pass(lookTime); c.drips {
@@ -2403,12 +2129,15 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 						}
 					}
 				}
+
 				is.Equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
 				is.Equal(t, c.request+": it is cut off", b.Stat("clients") == 1, isNeeded && !c.isDropped)
+
 				if c.isDropped && isNeeded {
 					mute.Count("small:")
 					mute.Ask("Ping", ":PONG dropped 2")
 				}
+
 				mute.Close()
 			})
 		}
@@ -2424,12 +2153,15 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		n.fillKeys("key", 9000, strings.Repeat("v", kilo))
 		mute, a := n.Dial(t), n.Dial(t)
 		mute.Send("Dump\n")
+
 		for range 3 {
 			world.Pass(slowAfter)
 			is.Equal(t, "clients while there is memory", a.Stat("clients"), 2)
 			used.collected(used.accounted() + used.forData() - used.store.Load())
 			a.Ask("Put:k:v\nPing", ":PONG")
 		}
+
+		// A little more than there is for data.
 		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
 		a.Ask("Put:k:v\nPing", ":PONG")
 		world.Pass(2 * slowAfter)
@@ -2443,6 +2175,8 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 	b := &New(kvstore.NewMemory()).budget
 	b.limitTo(64<<20, 0)
+
+	// A little (1<<20) that is pinned need not be given up; much (1<<30) may have to be.
 	for _, c := range []struct {
 		eighths, before, after int64 // that are alive, of data; bytes that are pinned
 		needsPinned, isFull    bool
@@ -2457,6 +2191,7 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 		b.pinned.Store(c.before)
 		b.collected(b.forData() / 8 * c.eighths)
 		b.pinned.Store(c.after)
+
 		is.Equal(t, fmt.Sprint(c), b.needsPinned(), c.needsPinned)
 		is.Equal(t, fmt.Sprint(c, ": the memory is full"), !b.fits(0, 0), c.isFull)
 	}
@@ -2465,6 +2200,8 @@ func TestMemoryLimitOfWhatIsPinned(t *testing.T) {
 // Ensure that memory is given back to the system once data and clients have shrunk by much.
 func TestMemoryIsGivenBack(t *testing.T) {
 	s := New(kvstore.NewMemory())
+
+	// The data shrinks by a fifth, then by more than a quarter, then by a sixth.
 	for _, c := range []struct{ now, largest int64 }{{100 << 20, 100 << 20}, {80 << 20, 100 << 20},
 		{60 << 20, 60 << 20}, {50 << 20, 60 << 20}} {
 		s.budget.store.Store(c.now)
@@ -2511,14 +2248,17 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				if kind.clients > 100 {
 					b.limitTo(16<<20, 0)
 				}
+
 				share := int(b.forInput())
 				line := []byte("Set:k:" + strings.Repeat("v", kind.bytes)) // one for all
 				clients := n.DialMany(t, kind.clients, func(_ int, c *protocol.Client) {
 					c.Conn.(*world.Conn).SetWriteBuffer(kilo) // so that little is on the way
 				})
+
 				synctest.Wait()
 				before := heapBytes()
 				mayEnd := make(chan struct{})
+
 				for _, c := range clients {
 					go func() {
 						c.Conn.Write(line)
@@ -2527,6 +2267,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						}
 					}()
 				}
+
 				world.Pass(quietAfter / 2)
 				most := share + kind.clients*grantedInput + 1<<19 // one line has a slot
 				if held := heapBytes() - before; held > most {
@@ -2534,6 +2275,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						held, most)
 				}
 				is.Between(t, "bytes of lines that have begun", n.server.budget.inputs.Load(), 1, math.MaxInt64)
+
 				a := n.DialAck(t)
 				a.Ask("Put:other:v", ":OK 1")
 				a.HangUp()
@@ -2550,12 +2292,14 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 						got[c.Read()]++
 						c.Close()
 					}
+
 					refused := got[":ERROR line 1: too long for the memory that is left, skipped"]
 					slow := got[":ERROR line 1: the line was begun but not ended within 30s"]
 					if refused == 0 || slow == 0 || refused+slow != kind.clients {
 						t.Errorf("lines that do not end are answered %v", got)
 					}
 				}
+
 				synctest.Wait()
 				is.Equal(t, "bytes that are counted when all have gone", n.server.budget.inputs.Load(), 0)
 			})
@@ -2600,8 +2344,11 @@ func TestMemoryLimitOfALongTake(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		long := strings.Repeat("k", 3*kilo)
 		n.fill(long, "v", 1)
+
+		// Others take all that there is for lines.
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Store(n.server.budget.forInput())
+
 		a := n.DialAck(t)
 		a.Ask("Take:"+long+":60", long+":v", ":OK 1")
 		is.Within(t, 0, time.Second, func() { a.Ask("Take:"+long+":60", ":OK 0") })
@@ -2647,6 +2394,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
 			n.fill("big", "v", kilo)
+
 			hungUp := make(chan struct{})
 			mute := n.DialMany(t, c.clients, func(_ int, m *protocol.Client) {
 				go func() {
@@ -2655,21 +2403,26 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 					}
 				}()
 			})
+
 			another := n.Dial(t)
 			world.Pass(quietAfter / 2)
 			go another.SendSome(c.another)
 			synctest.Wait()
+
+			// From here on the memory is full.
 			n.server.budget.other.Store(1 << 40)
 			a := n.DialAck(t)
 			a.Send("Put:x:y\n")
 			if line := a.Read(); !strings.Contains(line, "memory is full") {
 				t.Errorf("the memory is not full: %q", line)
 			}
+
 			is.Within(t, 0, c.most, func() {
 				a.Ask("Remove:k:"+long, ":OK 1")
 				a.Ask("delete:"+long, ":OK 1")
 				a.Ask("Remove:k:"+long, ":OK 1")
 			})
+
 			a.HangUp()
 			close(hungUp)
 			closeClients(append(mute, another))
@@ -2695,14 +2448,17 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 			n.server.maxLine = 1 << 20
 			b := &n.server.budget
 			b.limitTo(16<<20, 0)
+
 			clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(c.burst) })
 			world.Pass(slowAfter / 2)
 			is.Between(t, "bytes of bursts", n.inputs(), 1, c.most(b)+int64(count)*17*kilo)
+
 			for _, o := range clients {
 				for range strings.Count(c.burst, "Ping") {
 					o.Want(":PONG " + c.token)
 				}
 			}
+
 			for range 3 { // a client that goes on asks for little
 				clients[0].Ask("Ping:"+strings.Repeat(token, 15), ":PONG "+strings.Repeat(token, 15))
 				world.Pass(quietAfter)
@@ -2719,11 +2475,13 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 		n.server.maxLine = 1 << 20
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
+
 		line := []byte("Set:k:" + strings.Repeat("p", 600*kilo) + "\nSet:k:" + strings.Repeat("q", 5*kilo))
 		clients := n.DialMany(t, count, func(_ int, o *protocol.Client) {
 			o.Conn.(*world.Conn).SetWriteBuffer(2 << 20) // so that both lines come at once
 			go o.Conn.Write(line)
 		})
+
 		synctest.Wait()
 		is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
 		closeClients(clients)
@@ -2740,6 +2498,7 @@ func TestMemoryLimitOfMuteLines(t *testing.T) {
 			n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
 			n.server.budget.limitTo(16<<20, 0)
 			n.fill("big", strings.Repeat("v", 100*kilo), 9)
+
 			clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(lines) })
 			for range 60 {
 				world.Pass(slowAfter / 3)
@@ -2760,13 +2519,16 @@ func TestMemoryLimitOfLinesInACommit(t *testing.T) {
 			store := protocol.GatedStore{Memory: kvstore.NewMemory(), Gate: make(chan error)}
 			n.server.db, n.server.maxLine = kvstore.StoreOf(store), 1<<20
 			n.server.budget.limitTo(16<<20, 0)
+
 			clients := n.DialMany(t, 150, func(int, *protocol.Client) {})
 			n.Dial(t).Post("Put:k:v\n") // its Commit lasts
 			for _, o := range clients {
 				go o.SendSome(line + strings.Repeat("v", 60*kilo) + "\n")
 			}
+
 			world.Pass(lineTime / 2)
 			n.wantLinesBounded(t, len(clients))
+
 			close(store.Gate)
 			closeClients(clients)
 		})
@@ -2783,12 +2545,16 @@ func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
 			for range maxSnapshots { // others read theirs
 				n.server.snapshots.slots <- struct{}{}
 			}
+
 			clients := n.DialMany(t, 150, func(_ int, o *protocol.Client) { go o.SendSome(lines) })
 			a := n.DialAck(t)
 			world.Pass(slowAfter)
 			n.wantLinesBounded(t, len(clients))
+
+			// The line that frees does not wait for the others' Keys.
 			a.Conn.SetReadDeadline(time.Now().Add(slowAfter))
 			a.Ask("Delete:"+strings.Repeat("k", 900*kilo), ":OK 0")
+
 			for range maxSnapshots {
 				<-n.server.snapshots.slots
 			}
@@ -2842,6 +2608,7 @@ func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 		b.inputs.Add(b.forBursts())
+
 		slow, other := n.Dial(t), n.DialAck(t)
 		line := "Set:k:" + strings.Repeat("v", 60*kilo)
 		go slow.SendSome(line)
@@ -2872,16 +2639,19 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine = 1 << 20
 			n.server.budget.limitTo(64<<20, 0)
+
 			a, long := n.DialAck(t), strings.Repeat("v", 100*kilo)
 			a.Send(c.line + long)
 			world.Pass(quietAfter)
 
+			// From here on lines wait for memory.
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			others := n.DialMany(t, 6, func(_ int, o *protocol.Client) { go o.SendSome(c.others + long) })
 			for range c.times {
 				a.Send(c.rest)
 				world.Pass(quietAfter / 2)
 			}
+
 			a.Ask("", c.want)
 			n.server.budget.inputs.Add(-n.server.budget.forInput())
 			a.HangUp()
@@ -2897,20 +2667,26 @@ func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Add(n.server.budget.forInput())
 		first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+
 		for _, c := range []*protocol.Client{first, a, other} {
 			c.Send("Put:k:")
 		}
+
+		// There is memory for one line: that of a has to wait for the first.
 		world.Pass(quietAfter * 5 / 4)
 		for _, c := range []*protocol.Client{first, a} {
 			go c.SendSome(strings.Repeat("v", 5*kilo))
 			synctest.Wait()
 		}
+
 		world.Pass(quietAfter)
 		first.Ask("", ":OK 1") // from here on the line of a may have the memory
+
 		world.Pass(lookTime)
 		go other.SendSome(strings.Repeat("v", 5*kilo))
 		world.Pass(quietAfter * 3 / 2)
 		a.Ask("", ":OK 1")
+
 		n.server.budget.inputs.Add(-n.server.budget.forInput())
 		closeClients([]*protocol.Client{first, a, other})
 	})
@@ -2938,12 +2714,14 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		b := &n.server.budget
 		b.limitTo(64<<20, 0)
 		b.inputs.Add(b.forBursts()) // so that the error line gets its memory as a line
+
 		mute := n.dialMute(t)
 		go mute.SendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
 		for range 4 {
 			world.Pass(quietAfter / 2)
 			is.Between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
 		}
+
 		mute.Close()
 		synctest.Wait()
 		is.Equal(t, "bytes of lines in the end", b.inputs.Load(), b.forBursts())
@@ -2957,6 +2735,7 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 		ours, theirs := net.Pipe()
 		go io.Copy(io.Discard, theirs)
 		c := newClient(2, ours, n.server)
+
 		for _, taken := range []int{steadyRate, 0} {
 			for range dripTime / time.Second {
 				c.paced.Write(make([]byte, taken))
@@ -2979,15 +2758,19 @@ func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.maxLine, n.server.maxMessage = 1<<20, maxMessage
 			n.server.budget.limitTo(64<<20, 0)
+
+			// The line of mute has the only memory that is left for a line.
 			mute := n.dialMute(t)
 			n.server.budget.inputs.Add(n.server.budget.forInput())
 			go send(mute)
 			world.Pass(lookTime)
+
 			a := n.DialAck(t)
 			is.Within(t, 0, 2*lookTime, func() {
 				a.Send("Put:k:" + strings.Repeat("v", 20*kilo) + "\n")
 				a.Want(":OK 1")
 			})
+
 			n.server.budget.inputs.Add(-n.server.budget.forInput())
 			a.HangUp()
 			mute.Close()
@@ -3017,22 +2800,27 @@ func TestMaxQueues(t *testing.T) {
 		n.fill("k", value, 1)
 		const limit = 1 << 20
 		n.server.budget.maxQueues = limit
+
 		slow := n.DialMany(t, 10, func(i int, c *protocol.Client) { // each could queue 3.5 MB
 			if i%2 == 0 {
 				c.Ask("Ack", ":OK 0")
 			}
 			go c.SendSome(strings.Repeat("Get:k\n", 600))
 		})
+
 		honest := n.Dial(t)
 		for range 40 {
 			world.Pass(seenSlow / 10)
 			honest.Send(strings.Repeat("Get:k\n", 100) + "Ping\n")
 			is.Equal(t, "replies of a client that reads", honest.Count("k:"), 100)
+
+			// Beyond the limit each client may have a Write under way, and two messages.
 			if queued := honest.Stat("queued_bytes"); queued >
 				limit+(len(slow)+1)*(maxWrite+2*testMaxMessage) {
 				t.Fatalf("%d bytes are queued, want about %d", queued, limit)
 			}
 		}
+
 		for i, c := range slow {
 			if i%2 != 0 {
 				c.Send("Ping\n")
@@ -3040,6 +2828,7 @@ func TestMaxQueues(t *testing.T) {
 			}
 			c.Close()
 		}
+
 		synctest.Wait()
 		honest.WantStat("queued_bytes", 0)
 		is.Between(t, "clients that were cut, in the log", strings.Count(n.log.Take(), "(-max-queues)"), 1, 5)
@@ -3055,13 +2844,17 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 			n.server.budget.maxQueues = limit
 			n.fill("list", "v", 20*kilo)
 			n.fill("small", strings.Repeat("v", kilo), 1)
+
 			mute, other := n.Dial(t), n.Dial(t)
 			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
 			world.Pass(2 * seenSlow)
 			mute.Send("Ping\n" + strings.Repeat(behind, 120))
+
+			// All queues are full for long enough to notice that a client is slow.
 			n.server.budget.queued.Add(limit)
 			world.Pass(2 * seenSlow)
 			n.server.budget.queued.Add(-limit)
+
 			is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
 			is.Equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
 			mute.Close()
@@ -3075,10 +2868,12 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.server.budget.limit, n.server.budget.reserve = 4<<20, 0
 		n.fill("big", strings.Repeat("v", 120*kilo), 1)
+
 		writer := n.DialAck(t)
 		mute := n.DialMany(t, 5, func(i int, c *protocol.Client) {
 			go c.SendSome(strings.Repeat("Ack\n", i%2) + strings.Repeat("Get:big\n", 700))
 		})
+
 		for range 50 {
 			world.Pass(seenSlow / 10)
 			writer.Ask("Put:k:"+strings.Repeat("v", kilo), ":OK 1")
@@ -3103,17 +2898,20 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		n.fill("list", "v", values)
 		n.fillKeys("key", keys, strings.Repeat("v", 100))
 		n.server.maxClients = 3
+
 		watch, a, b := n.Dial(t), n.Dial(t), n.Dial(t)
 		synctest.Wait()
 		c := n.Dial(t)
 		c.Want(":ERROR line 0: server is full (3 clients)")
 		c.Close()
+
 		go a.SendSome("Ack\n" + strings.Repeat("Update:list:v:v\nGet:list\n", 20))
 		world.Pass(lookTime) // not yet slow, so hardly anything is queued
 		is.Between(t, "bytes of a chain that keeps 20 lists", watch.Stat("queued_bytes"), 5*values*stringSize,
 			math.MaxInt)
 		a.Close()
 		synctest.Wait()
+
 		go b.SendSome("Dump\n")
 		world.Pass(seenSlow)
 		is.Between(t, "bytes of a Dump", watch.Stat("queued_bytes"), keys*stringSize, math.MaxInt)
@@ -3135,8 +2933,10 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				a.Want("k:v")
 			}
 		}
+
 		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *protocol.Client) { speak(a, "Get:k", 1) })
 		before := heapOfQuiet()
+
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
 			for _, a := range clients {
@@ -3156,9 +2956,11 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 		clients := n.DialMany(t, 10, func(_ int, a *protocol.Client) {
 			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
+
 		world.Pass(lineTime / 2)
 		is.Between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
 			burstSize/4)
+
 		for _, a := range clients {
 			a.Send("\n")
 			a.HangUp()
@@ -3172,6 +2974,8 @@ func TestMemoryOfABusyClient(t *testing.T) {
 		a := n.Dial(t)
 		a.Ask("Ping", ":PONG")
 		before := heapBytes()
+
+		// Each chain is shorter than the last: its spare queries must keep no earlier burst.
 		for lines := maxChain; lines > 0; lines -= 8 {
 			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.Ask("Ping", ":PONG")
@@ -3188,6 +2992,7 @@ func TestMemoryOfATrickle(t *testing.T) {
 		a.Ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
 		synctest.Wait()
 		is.Between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
+
 		for range 8 {
 			a.Send("P") // a line that does not end
 			world.Pass(quietAfter / 2)
@@ -3209,6 +3014,7 @@ func TestMemoryOfAnEndlessLine(t *testing.T) {
 		}
 		b.Ask("Ping", ":PONG")
 		is.Between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
+
 		a.Send("\n")
 		a.Ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
 	})
@@ -3226,12 +3032,14 @@ func TestMemoryIsAddedAtOnce(t *testing.T) {
 			}
 		}
 	})
+
 	for range 1000 * kilo {
 		if !addUpTo(&sum, 1, 9) {
 			t.Fatal("1 byte of 9 is refused")
 		}
 		sum.Add(-1)
 	}
+
 	close(done)
 	greedy.Wait()
 }
@@ -3252,10 +3060,12 @@ func TestListenOnLocalhost(t *testing.T) {
 		other.Close()
 		t.Error("this machine has ::1, and localhost does not mean it")
 	}
+
 	for _, host := range hosts {
 		a := protocol.DialTCP(t, net.JoinHostPort(host, port))
 		a.Ask("Ping:"+host, ":PONG "+host)
 	}
+
 	binary.Prints(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
 	binary.Prints(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
 }
@@ -3273,12 +3083,14 @@ func TestStats(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.Dial(t).Ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
 		world.Pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
+
 		a := n.Dial(t)
 		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
 		a.Want("key:value", "key:v2",
 			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
 		synctest.Wait()
+
 		lines := []string{
 			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
@@ -3295,6 +3107,7 @@ func TestStats(t *testing.T) {
 			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
 				fmt.Sprint(n.server.db.Footprint()+memoryPerClient), ": memory_limit_bytes 0",
 		}
+
 		wantAll := func() {
 			a.Want(lines...)
 			if line := a.Read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
@@ -3302,8 +3115,11 @@ func TestStats(t *testing.T) {
 			}
 			a.Want(":OK " + strconv.Itoa(len(lines)+1))
 		}
+
 		wantAll()
 		a.Want(":OK 0")
+
+		// The second Stats counts the first, and the Ack.
 		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
 		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
 		wantAll()
@@ -3319,12 +3135,15 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 		defer db.Close()
 		defer n.server.Close()
 		n.server.db = db
+
 		a := n.Dial(t)
 		a.Ask("Put:key:value\nGet:key", "key:value")
 		world.Pass(3 * fileCheckTime)
+
 		_, body := getPage(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
 		is.In(t, "/metrics behind looks at the files", body, "_commit_seconds_count 2\n")
+
 		a.Send("Stats\n")
 		for _, line := range a.ReadList() {
 			name, value, _ := strings.Cut(strings.TrimPrefix(line, ": "), " ")
@@ -3337,6 +3156,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 			case "process_bytes", "memory_bytes": // they change by themselves
 				want = "\nkvserver_" + name + " "
 			}
+
 			is.In(t, "/metrics beside Stats", body, want)
 		}
 
@@ -3365,8 +3185,10 @@ func TestWatch(t *testing.T) {
 		body, _ := io.ReadAll(answer.Body)
 		return answer.StatusCode, string(body)
 	}
+
 	a := protocol.DialTCP(t, s.listener.Addr().String())
 	a.Ask("Put:k:v\nPing", ":PONG")
+
 	for path, want := range map[string]string{"/healthz": "ok\n", "/": "/metrics\n",
 		"/debug/pprof/goroutine?debug=1": "workLoop",
 		// A request over HTTP does not count as a request.
@@ -3375,6 +3197,7 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%s: %d, without %q:\n%s", path, code, want, body)
 		}
 	}
+
 	a.HangUp()
 	s.Close()
 	for _, path := range []string{"/healthz", "/metrics"} {
@@ -3405,6 +3228,7 @@ func checkMetrics(t *testing.T, body string) {
 			t.Errorf("/metrics: %q is not of its format", line)
 		}
 	}
+
 	if promtool := command.Tool(t, "promtool"); promtool != "" {
 		cmd := exec.Command(promtool, "check", "metrics")
 		cmd.Stdin = strings.NewReader(body)
@@ -3423,11 +3247,13 @@ func TestWatchAStalledStore(t *testing.T) {
 		handler := n.server.watchHandler("")
 		a := n.Dial(t)
 		a.Post("Put:k:v\n")
+
 		is.Within(t, watchTime, watchTime, func() { wantPage(t, handler, "/healthz", 503) })
 		is.Within(t, watchTime, watchTime, func() { wantPage(t, handler, "/metrics", 503) })
 		is.Within(t, 0, 0, func() { wantPage(t, handler, "/livez", 200) })
 		close(store.Gate)
 	})
+
 	wantPage(t, New(kvstore.NewMemory()).watchHandler(""), "/healthz", 503) // before Start
 }
 
@@ -3439,16 +3265,19 @@ func TestWatchBeforeTheData(t *testing.T) {
 	s := New(nil)
 	s.log, s.logged, s.status = log.Logger, &log.counts, new(storage.Status)
 	handler := s.watchHandler("")
+
 	wantPage(t, handler, "/healthz", 503, "opening the data\n")
 	wantPage(t, handler, "/livez", 200, "alive\n")
 	if text := wantPage(t, handler, "/metrics", 200, "\nkvserver_active 0\n"); strings.Contains(text, "_keys") {
 		t.Errorf("before the data is open /metrics answers %q", text)
 	}
+
 	s.db = storeIn(t, storetest.New(), s.status)
 	startTCP(t, s)
 	wantPage(t, handler, "/healthz", 200, "ok\n")
 	a := protocol.DialTCP(t, s.listener.Addr().String())
 	a.Ask("Put:k:v\nPing", ":PONG")
+
 	s.log.Error("the test has failed")
 	text := wantPage(t, handler, "/metrics", 200)
 	checkMetrics(t, text)
@@ -3470,10 +3299,12 @@ func TestWatchIsLimited(t *testing.T) {
 	for range idle {
 		protocol.DialTCP(t, addr)
 	}
+
 	get := func(host, path string) (int, string) {
 		t.Helper()
 		a := protocol.DialTCP(t, addr)
 		a.Send("GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
+
 		answer, err := http.ReadResponse(a.R, nil)
 		is.OK(t, err)
 		body, _ := io.ReadAll(answer.Body)
@@ -3482,8 +3313,10 @@ func TestWatchIsLimited(t *testing.T) {
 		}
 		return answer.StatusCode, string(body)
 	}
+
 	code, _ := get("localhost", "/healthz")
 	is.Equal(t, "beside idle connections", code, 200)
+
 	for host, want := range map[string]int{"evil.example": 403, "evil.example:80": 403,
 		"localhost:80": 200, "LOCALHOST": 200, "127.0.0.1": 200, "[::1]:80": 200,
 		"metrics.example:1": 200, "192.0.2.1": 200} {
@@ -3494,11 +3327,13 @@ func TestWatchIsLimited(t *testing.T) {
 			t.Errorf("Host: %s gets %d, want %d", host, code, want)
 		}
 	}
+
 	endless := protocol.DialTCP(t, addr)
 	endless.SendSome("GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " +
 		strings.Repeat("x", 2*guestMost) + "\r\n\r\n")
 	answer, _ := io.ReadAll(endless.R)
 	is.Equal(t, "a request that is too long is answered", strings.Contains(string(answer), "alive"), false)
+
 	for _, path := range []string{"/debug/pprof/profile", "/debug/pprof/trace", "/debug/pprof/heap"} {
 		wantPage(t, s.watchHandler(""), path+"?seconds=61", 400)
 	}
@@ -3511,6 +3346,7 @@ func TestWatchFewConnections(t *testing.T) {
 	few := &fewConns{Listener: n, most: 4}
 	var guests []*guest
 	var clients []*world.Conn
+
 	come := func() {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
 		go n.Connect(theirs)
@@ -3522,6 +3358,7 @@ func TestWatchFewConnections(t *testing.T) {
 		clients[i].Write([]byte("x"))
 		guests[i].Read(make([]byte, 1))
 	}
+
 	wantGone := func(want ...int) {
 		t.Helper()
 		var gone []int
@@ -3562,9 +3399,11 @@ func TestWatchOneProfileAtATime(t *testing.T) {
 			<-time.After(time.Second / 2)
 		}))
 		wantPage(t, handler, "/?seconds=61", 400)
+
 		go getPage(handler, "/")
 		synctest.Wait()
 		wantPage(t, handler, "/", 503)
+
 		world.Pass(time.Second - 1)
 		wantPage(t, handler, "/", 503) // too soon after the last one
 		world.Pass(1)
@@ -3580,11 +3419,13 @@ func TestWatchProfilesTakeNothing(t *testing.T) {
 		sent := &io.LimitedReader{R: strings.NewReader(strings.Repeat("a=b&", 1000)), N: 4000}
 		r := httptest.NewRequest(method, "http://localhost/debug/pprof/cmdline?debug=1", sent)
 		r.Header.Set("Content-Type", "multipart/form-data; boundary=x")
+
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, r)
 		if method == "GET" && w.Code == http.StatusNotFound { // this profile is not served
 			w.Code = http.StatusOK
 		}
+
 		if w.Code != want || sent.N < 4000 {
 			t.Errorf("%s: %d, want %d; %d bytes were taken in", method, w.Code, want, 4000-sent.N)
 		}
@@ -3612,12 +3453,15 @@ func TestInputBehindReplies(t *testing.T) {
 		n.server.budget.limitTo(64<<20, 0)
 		n.server.budget.inputs.Add(n.server.budget.forInput()) // only one line at a time is let in
 		n.fill("big", strings.Repeat("v", 1200), 4000)         // more than the queue holds
+
 		mute, a := n.Dial(t), n.Dial(t)
 		long := strings.Repeat("v", 100*kilo)
 		mute.Ask(strings.Repeat("Get:none\n", 8*kilo)+"Ping", ":PONG") // so that it is read in large pieces
+
 		go mute.SendSome("Get:big\nPut:k:" + long)
 		synctest.Wait()
 		is.Within(t, 0, quietAfter, func() { a.Ask("Put:k:"+long+"\nPing", ":PONG") })
+
 		n.server.budget.inputs.Add(-n.server.budget.forInput())
 		mute.Close()
 	})
@@ -3634,6 +3478,8 @@ func TestDumpListsAreBounded(t *testing.T) {
 		const askers, limit = 12, 1 << 18
 		keys := storetest.Fewer(12*kilo, 2) // each list needs several parts
 		n.server.budget.maxQueues, n.server.budget.fewKeys = limit, 100
+
+		// The keys are put in no order, and must come in order.
 		wantKeys, wantDump := new(strings.Builder), new(strings.Builder)
 		for i := range keys {
 			key := fmt.Sprintf("key%07d%s", i*7919%keys, strings.Repeat("k", 100))
@@ -3642,14 +3488,17 @@ func TestDumpListsAreBounded(t *testing.T) {
 			fmt.Fprintf(wantKeys, ": %s\n", key)
 			fmt.Fprintf(wantDump, ": Put:%s:v\n", key)
 		}
+
 		mute := n.Dial(t)
 		mute.Send("Keys\n")
+
 		var all sync.WaitGroup
 		for i := range askers {
 			request, want := "Keys\n", wantKeys
 			if i%2 == 0 {
 				request, want = "Dump:k\n", wantDump
 			}
+
 			c := n.Dial(t)
 			all.Go(func() {
 				c.SendAll(request)
@@ -3657,17 +3506,20 @@ func TestDumpListsAreBounded(t *testing.T) {
 				for err := error(nil); err == nil; _, err = io.CopyN(got, c.R, 100*kilo) {
 					<-time.After(lookTime)
 				}
+
 				if want := want.String() + fmt.Sprintf(":OK %d\n", keys); got.String() != want {
 					t.Errorf("%q: %d bytes, want %d", request, got.Len(), len(want))
 				}
 				c.Close()
 			})
 		}
+
 		ended := make(chan struct{})
 		go func() {
 			all.Wait()
 			close(ended)
 		}()
+
 		watch := n.Dial(t)
 		for began := time.Now(); !isClosed(ended); world.Pass(lookTime) {
 			is.Between(t, "bytes of lists", n.server.budget.keyLists.Load(), 0, limit/listsShare)
@@ -3679,6 +3531,7 @@ func TestDumpListsAreBounded(t *testing.T) {
 				t.Fatal("they are not answered")
 			}
 		}
+
 		watch.HangUp()
 		mute.Close()
 	})
@@ -3711,11 +3564,13 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 					}
 				}()
 			})
+
 			world.Pass(3 * dripTime)
 			is.Equal(t, "places that are taken while nobody waits", len(n.server.snapshots.slots), maxSnapshots)
 
 			a := n.DialAck(t)
 			is.Within(t, 0, 6*dripTime, func() { a.Ask("Keys:none", ":OK 0") })
+
 			close(mayEnd)
 			world.Pass(lookTime)
 			a.HangUp()
@@ -3745,19 +3600,24 @@ func TestDumpRestores(t *testing.T) {
 			for i := range b {
 				b[i] = "\r\x00a:\xff "[random.IntN(6)]
 			}
+
+			// A key has no colon, but a value may have one.
 			key := strings.ReplaceAll("k"+string(b), ":", ";")
 			want[key] = append(want[key], string(b))
 			n.server.db.Put(key, string(b))
 		}
+
 		end := time.Now().Add(90 * time.Second).UnixMilli()
 		n.server.db.Expire("k\r", end)
 		dump, _, _, _ := converseWith(t, n, "", "Dump")
+
 		other := newFakeNet()
 		defer other.server.Close()
 		if out, errs, good, err := converseWith(t, other, dump); out != "" || errs != "" || !good ||
 			err != nil {
 			t.Errorf("restoring prints %q and %q: %v", out, errs, err)
 		}
+
 		other.server.Close()
 		if got := maps.Collect(other.server.db.(*kvstore.Memory).All()); !maps.EqualFunc(got, want,
 			slices.Equal[[]string]) {
@@ -3779,6 +3639,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		for i := range keys {
 			keys[i] = strconv.Itoa(i * 7919 % len(keys))
 		}
+
 		s.cores.slots <- struct{}{} // until both wait, the sort first
 		ended := make(chan string, 2)
 		go func() {
@@ -3788,12 +3649,14 @@ func TestDumpSortTakesTurns(t *testing.T) {
 			ended <- "the sort"
 		}()
 		synctest.Wait()
+
 		go func() {
 			s.cores.slots <- struct{}{}
 			ended <- "the other"
 			<-s.cores.slots
 		}()
 		synctest.Wait()
+
 		<-s.cores.slots
 		is.Equal(t, "over first", <-ended, "the other")
 		if <-ended; !slices.IsSorted(keys) {
@@ -3821,6 +3684,7 @@ func TestOutboxClaim(t *testing.T) {
 		o := &newClient(1, new(world.Conn), s).outbox
 		o.piece = maxMessage
 		s.budget.queued.Store(c.queued)
+
 		want := c.queued
 		if c.counted {
 			want += int64(c.messages) * maxMessage
@@ -3829,6 +3693,7 @@ func TestOutboxClaim(t *testing.T) {
 			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
+
 		o.uncount(&Query{})
 		is.Equal(t, "bytes that are counted afterwards", s.budget.queued.Load(), c.queued)
 	}
@@ -3843,6 +3708,7 @@ func TestOutboxNeverWaits(t *testing.T) {
 		c := unwritten(s)
 		c.buffer <- nil // one message waits already
 		s.budget.queued.Store(1)
+
 		q := &Query{queryType: ping}
 		size := c.outbox.measure(q)
 		c.outbox.reply(q, size, true) // as answer does if it found the queues below their limit
@@ -3863,6 +3729,7 @@ func TestOutboxMessagesAreSmallAtTheLimit(t *testing.T) {
 			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
 			close(done)
 		}()
+
 		for synctest.Wait(); len(c.buffer) > 0; synctest.Wait() {
 			is.Between(t, "bytes of a message", cap(<-c.buffer), 1, chunkSize)
 			c.tellRoom()
@@ -3894,12 +3761,15 @@ func TestOutboxBegunReplyEnds(t *testing.T) {
 		n.fill("k", strings.Repeat("v", 7*kilo), 4)
 		n.server.budget.maxQueues = 1 << 20
 		a, b, other := n.Dial(t), n.Dial(t), n.Dial(t)
+
 		go a.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:v\n")
 		world.Pass(time.Minute)
 		go b.SendSome(strings.Repeat("Get:k\n", 300) + "Put:mark:w\n")
 		world.Pass(time.Minute)
+
 		other.Ask("Get:mark\nPing", "mark:v", "mark:w", ":PONG")
 		is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, 5<<18)
+
 		a.Close()
 		b.Close()
 		synctest.Wait()
@@ -3913,11 +3783,14 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 		db := kvstore.NewMemory()
 		db.Put("k", strings.Repeat("v", 100))
 		c := unwritten(New(db))
+		// The queue is so full that the chain has to wait.
 		for range maxShared {
 			c.buffer <- nil
 		}
+
 		c.in.buf = make([]byte, burstSize)
 		chain, _ := c.parse(c.in.wholeLines(copy(c.in.buf, strings.Repeat("Get:k\n", 3))))
+
 		shared := func(q *Query) bool {
 			return unsafe.StringData(q.values[0]) == unsafe.StringData(db.View(nil, "k")[0])
 		}
@@ -3926,6 +3799,7 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 				t.Error("a list is copied before that is needed")
 			}
 		}
+
 		c.answer(chain)
 		synctest.Wait()
 		for q := chain; q != nil; q = q.next {
@@ -3933,6 +3807,8 @@ func TestOutboxKeepsOnlyItsLists(t *testing.T) {
 				t.Error("a list that waits shares the store's memory")
 			}
 		}
+
+		// Once the queue is empty, the chain goes on.
 		for range maxShared {
 			<-c.buffer
 		}
@@ -3966,6 +3842,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 		}
 	}()
 	defer close(c.buffer)
+
 	values := slices.Repeat([]string{strings.Repeat("v", 1000)}, 2000) // 2 MB
 	fewest := uint64(math.MaxUint64)
 	for range 30 { // the race detector makes sync.Pool forget at times
@@ -3976,6 +3853,7 @@ func TestOutboxUsesMessagesAgain(t *testing.T) {
 			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
 		}))
 	}
+
 	is.Between(t, "bytes that a reply of 2 MB allocates", fewest, 0, 1<<20)
 }
 
@@ -3990,6 +3868,7 @@ func TestOutboxMeasuresAtLeastTheReply(t *testing.T) {
 				for _, v := range values {
 					lines = q.appendLine(lines, v)
 				}
+
 				for _, acked := range []bool{false, true} {
 					reply := q.appendEnd(slices.Clone(lines), acked, n)
 					is.Between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, q.replySize(acked))
@@ -4018,8 +3897,10 @@ func TestOutboxAllocations(t *testing.T) {
 		db.Put("k1", "v")
 		db.Put("k2", "v")
 		db.Put("k2", "w")
+
 		client := unwritten(New(db))
 		client.in.buf = make([]byte, burstSize)
+
 		once := func() {
 			chain, _ := client.parse(client.in.wholeLines(copy(client.in.buf, c.burst)))
 			for q := chain; q != nil; q = q.next {
@@ -4031,6 +3912,7 @@ func TestOutboxAllocations(t *testing.T) {
 				recycle(<-client.buffer)
 			}
 		}
+
 		fewest := testing.AllocsPerRun(1, once)
 		for range 30 { // the race detector makes sync.Pool forget at times
 			fewest = min(fewest, testing.AllocsPerRun(1, once))
@@ -4050,14 +3932,17 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		value := strings.Repeat("v", 625)
 		n.fill("k", value, 1)
+
 		other, slow := n.Dial(t), n.Dial(t)
 		const owed = 10 * kilo // more than the queue holds
 		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
+
 		is.Within(t, 0, 0, func() {
 			for i := range 100 {
 				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
 			}
 		})
+
 		synctest.Wait()
 		other.Ask("Get:after") // not run yet: the slow client waits for itself
 		other.Ask("Ping", ":PONG")
@@ -4065,6 +3950,7 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 		other.Ask("Get:after")
 		world.Pass(1 + seenSlow - slowAfter)
 		other.Ask("Get:after", "after:1") // its writes take effect
+
 		delivered := 0
 		for {
 			line := slow.Read()
@@ -4076,8 +3962,10 @@ func TestSlowReaderDelaysOnlyItself(t *testing.T) {
 			}
 			delivered++
 		}
+
 		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
 		is.Between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
+
 		slow.Ask("Ping", ":PONG") // counted once
 		other.WantStat("replies_dropped_total", owed-delivered)
 		slow.Ask("Get:after", "after:1")
@@ -4106,15 +3994,20 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 				_, err := conn.Write(message)
 				written <- err
 			}()
+
 			is.Equal(t, "a reader that reads nothing is told to be taking", <-told, false)
+
+			// The more its socket may hold unread, the longer a reader may pause.
 			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
 			if round > 0 { // it is known to read
 				most += slowAfter
 			}
 			is.Between(t, "time until it is seen that nothing is read", time.Since(start), slowAfter, most)
+
 			go io.ReadFull(reader, message)
 			is.Equal(t, "a reader that reads again is told to", <-told, true)
 			is.OK(t, <-written)
+
 			if round == 2 {
 				world.Pass(time.Hour)
 			}
@@ -4173,6 +4066,7 @@ func TestSlowReaderFate(t *testing.T) {
 		s.budget.queued.Store(max(0, c.bytes))
 		s.budget.waitingLines.Store(max(0, -c.bytes))
 		client.outbox.slow = c.slow
+
 		got, why := client.outbox.decide(c.messages, c.mayDrop, c.mayCut)
 		is.Equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
 	}
@@ -4185,6 +4079,7 @@ func TestSlowReaderFate(t *testing.T) {
 	for range maxShared {
 		client.buffer <- nil
 	}
+
 	for drips, want := range map[bool]fate{true: isCutOff, false: waits} {
 		client.outbox.drips = drips
 		got, why := client.outbox.decide(1, false, true)
@@ -4206,16 +4101,20 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 					return false
 				}
 			}
+
 			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {
 				world.Pass(slowAfter - lookTime)
 				io.ReadFull(reader, make([]byte, world.StreamSize))
 			}
+
 			world.Pass(1700 * time.Millisecond)
 			slow := hardlyCameBefore()
 			is.Equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
+
 			world.Pass(3 * slowAfter)
 			is.Equal(t, "slow in the end", hardlyCameBefore() || slow, true)
+
 			conn.Close()
 			synctest.Wait()
 		})
@@ -4250,6 +4149,7 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 			conn.(*world.Conn).Late = 2 * drainTime
 			return conn
 		}
+
 		n.fill("k", strings.Repeat("v", kilo), 40)
 		a := n.Dial(t)
 		a.Send("Get:k\nQuit\n")
@@ -4268,11 +4168,13 @@ func TestEndByQuit(t *testing.T) {
 		a.Send("Ping\nQuit\nPut:k:v\n")
 		a.Want(":PONG")
 		is.Within(t, 0, 0, a.WantClosed)
+
 		a.Send("Put:k:v\nGet:k\n") // read, but not run
 		world.Pass(drainTime)
 		if _, err := a.Conn.Write([]byte("x")); err == nil {
 			t.Errorf("the connection is open %v after Quit", drainTime)
 		}
+
 		a.Close()
 		is.Equal(t, "clients", n.server.CountActive(), 0)
 	})
@@ -4308,6 +4210,7 @@ func TestEndFormatsNothingMore(t *testing.T) {
 		c.buffer <- []byte("too late")
 		go c.writeToClient()
 		synctest.Wait()
+
 		long := &Query{queryType: get, key: "k", values: []string{strings.Repeat("v", 10*maxMessage)}}
 		none := testing.AllocsPerRun(1, func() { c.outbox.replyAll(long) })
 		is.Equal(t, "allocations of a reply to nobody", none, 0)
@@ -4323,23 +4226,28 @@ func TestWriteTimeout(t *testing.T) {
 			n.fill("big", strings.Repeat("v", 1200), 1000)
 			n.server.writeTimeout = time.Minute
 			n.server.tls = config
+
 			a, b := n.dialTLS(t), n.dialTLS(t)
 			b.Ask("Ack", ":OK 0")
 			a.Send("Get:big\n")
 			b.Send("Get:big\n")
+
 			world.Pass(time.Minute - 1)
 			io.CopyN(io.Discard, b.R, 4*maxWrite)
 			is.Equal(t, "clients just before the timeout", n.server.CountActive(), 2)
+
 			world.Pass(1)
 			io.CopyN(io.Discard, b.R, 10_000)
 			world.Pass(time.Minute) // a may have taken a part of the unfinished Write
 			is.Equal(t, "clients after the timeout", n.server.CountActive(), 1)
 			is.In(t, "the log", n.log.Take(), "it took nothing for 1m0s (-write-timeout)")
+
 			for range 10 { // less than one Write in a minute
 				io.CopyN(io.Discard, b.R, 40_000)
 				world.Pass(time.Minute - 1)
 			}
 			is.Equal(t, "clients when one accepts 40 kB a minute", n.server.CountActive(), 1)
+
 			a.Close()
 			b.Close()
 		})
@@ -4357,12 +4265,14 @@ func TestEveryRequest(t *testing.T) {
 	for _, c := range protocol.All(helpLines) {
 		said.WriteString("\n" + c.Send)
 	}
+
 	asked, stats := strings.ToLower(said.String()), fmt.Sprint(New(kvstore.NewMemory()).stats())
 	for what := put; what <= quit; what++ {
 		v := verbs[what]
 		if v.name == "" || v.does == "" || v.form == "" {
 			t.Fatalf("request %d has no line in verbs", what)
 		}
+
 		for where, has := range map[string]bool{
 			"Help":               strings.Contains(strings.Join(helpLines, "\n"), v.form),
 			"the README's table": strings.Contains(readme, "| `"+v.name),
@@ -4388,78 +4298,20 @@ func TestHintsAreCheap(t *testing.T) {
 	}
 }
 
-// Ensure that whatever bytes a client sends, in whatever pieces, it gets exactly the replies of the
-// model.
 func FuzzConversation(f *testing.F) {
-	for i, c := range protocol.All(helpLines) {
-		if len(c.Send) < 10_000 {
-			f.Add([]byte(c.Send), uint16(i))
-		}
+	protocol.FuzzConversation(f, serveEmpty, helpLines, otherProtocol)
+}
+
+// otherProtocol returns what a client is answered whose first line is refused because it is of another
+// protocol, "" if it is not, and whether its connection ends.
+func otherProtocol(line string) (answer string, ends bool) {
+	switch {
+	case isHTTP(line):
+		return badRequest, true
+	case isRESP(line):
+		return badRESP, true
 	}
-	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
-		lines := strings.SplitAfter(string(script), "\n")
-		m := protocol.NewModel(helpLines)
-		want, spoke, quit := "", false, false
-		if bytes.HasPrefix(script, []byte{tlsHandshake}) {
-			want, quit = ":ERROR line 1: \n", true
-		}
-		for i, line := range lines {
-			if line == "" || quit {
-				continue
-			}
-			if !strings.HasSuffix(line, "\n") {
-				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
-				continue
-			}
-			line = strings.TrimSuffix(line, "\n")
-			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
-				line = short
-			} else {
-				line = strings.TrimSuffix(line, "\r")
-			}
-			if line == "" {
-				continue
-			}
-			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
-				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
-				return // Stats shows the time; and the model folds letters as Unicode does
-			}
-			answer := m.Answer(i+1, line)
-			if strings.HasPrefix(answer, ":ERROR") {
-				answer += "\n"
-				switch {
-				case spoke:
-				case isHTTP(line):
-					answer, quit = badRequest, true
-				case isRESP(line):
-					answer, quit = badRESP, true
-				case len(line) > testMaxLine:
-					quit = begun(line) == malformed
-				}
-			}
-			spoke = true
-			want += answer
-			verb := strings.ToLower(line)
-			quit = quit || verb == "quit" || verb == "exit"
-		}
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			a := n.Dial(t)
-			go func() {
-				at := min(int(cut), len(script))
-				a.Conn.Write(script[:at])
-				synctest.Wait()
-				a.Conn.Write(script[at:])
-				a.Conn.CloseWrite()
-			}()
-			// The reason in an error is for people: only its place counts here, and that it is one
-			// clean line.
-			got := regexp.MustCompile(`(?m)^(:ERROR line \d+: )[^\n\r\x00\x1b]+$`).ReplaceAllString(
-				a.ReadAll(), "$1")
-			if got != want {
-				t.Errorf("sent %q\n got %q\nwant %q", script, got, want)
-			}
-		})
-	})
+	return "", len(line) > testMaxLine && begun(line) == malformed
 }
 
 // ---- the whole server, simulated
@@ -4479,6 +4331,7 @@ func TestSimulation(t *testing.T) {
 				<-done
 			}
 		},
+
 		Start: func(l net.Listener, db kvstore.KVStore, with world.Settings) (world.Server, error) {
 			s := New(db)
 			s.log, s.tls, s.writeTimeout = with.Log, with.TLS, with.WriteTimeout
@@ -4487,9 +4340,11 @@ func TestSimulation(t *testing.T) {
 			s.handshakes = with.Handshakes
 			s.budget.fewKeys, s.partKeys = with.FewKeys, with.FewKeys
 			s.snapshots.slots = make(chan struct{}, with.Snapshots)
+
 			s.budget.other.Store(with.Other - with.Pinned)
 			s.budget.removed.Store(with.Pinned)
 			s.budget.pinned.Store(with.Pinned)
+
 			return simulated{s, with.Pinned}, s.serve(l)
 		},
 		TLS: serverConfig(t),
@@ -4752,6 +4607,19 @@ var binary protocol.Program = func(args ...string) *exec.Cmd {
 	return cmd
 }
 
+// inProcess is kvserver -c in this process.
+var inProcess = command.Talker{
+	Talk: func(c command.Talk) (good bool, through int, err error) {
+		t := newTalker(config{requests: c.Requests, ping: c.Ping, stop: c.Stop, timeout: c.Timeout},
+			c.Errs)
+		t.conn, t.in, t.out, t.isTyped = c.Conn, c.In, c.Out, c.IsTyped
+		good, err = talk(t)
+		return good, t.answered, err
+	},
+	Gone: errGone, NoPlace: errNoPlace, Output: errOutput, Quiet: errQuiet, Silent: errSilent,
+	Stopped: errStopped, Stranger: errStranger, Unanswered: errUnanswered, Unasked: errUnasked,
+}
+
 // converseWith runs kvserver -c against the server.
 func converseWith(t *testing.T, n *fakeNet, in string,
 	requests ...string) (out, errs string, good bool, err error) {
@@ -4759,7 +4627,7 @@ func converseWith(t *testing.T, n *fakeNet, in string,
 	var o, e strings.Builder
 	c := n.Dial(t)
 	good, err = talk(&talker{conn: c.Conn, config: config{requests: requests},
-		in: strings.NewReader(in), out: closing(&o), errs: &e})
+		in: strings.NewReader(in), out: command.Closing(&o), errs: &e})
 	c.Close()
 	return o.String(), e.String(), good, err
 }

@@ -9,6 +9,7 @@
 //	signals.go   how it stops, and that a full disk is no reason to
 //	tls.go       certificates
 //	client.go    kvserver -c
+//	talk.go      what kvserver -c makes of a server, an input and an output, in fake time
 //	listen.go    several addresses, and a unix socket
 package command
 

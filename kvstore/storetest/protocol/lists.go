@@ -2,6 +2,9 @@ package protocol
 
 import (
 	"fmt"
+	"io"
+	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -155,6 +158,43 @@ func TakeOfALateReader(t *testing.T, start Start) {
 		}
 		is.Equal(t, "what the slow reader was given", jobs, "job:1job:2")
 	})
+}
+
+// TakeOnRealSockets ensures that the Take of a client on a real connection leaves the line when the
+// connection breaks, and on a unix socket when it is closed, even after the client's own half-close.
+func TakeOnRealSockets(t *testing.T, serve func(listeners ...net.Listener)) {
+	t.Parallel()
+	unix, err := net.Listen("unix", filepath.Join(t.TempDir(), "sock"))
+	is.OK(t, err)
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	is.OK(t, err)
+	serve(tcp, unix)
+
+	a := DialTCP(t, tcp.Addr().String())
+	var takers []net.Conn
+	for _, half := range []bool{false, true} {
+		for _, addr := range []net.Addr{tcp.Addr(), unix.Addr()} {
+			conn, err := net.Dial(addr.Network(), addr.String())
+			is.OK(t, err)
+			io.WriteString(conn, "Take:k:600\n") // longer than Await waits
+			if half {
+				conn.(world.HalfConn).CloseWrite()
+			}
+			takers = append(takers, conn)
+		}
+	}
+	Await(t, "the Takes", func() bool { return a.Stat("waiting_takes") == len(takers) })
+
+	for _, conn := range takers {
+		if c, isTCP := conn.(*net.TCPConn); isTCP {
+			c.SetLinger(0) // so that Close resets it
+		}
+		conn.Close()
+	}
+	Await(t, "the ends of the Takes", func() bool { return a.Stat("waiting_takes") == 0 })
+
+	a.Ask("Put:k:v\nTake:k", "k:v")
+	a.HangUp()
 }
 
 // DumpIsOneMoment ensures that a Dump is one exact moment, even if it is read slowly while

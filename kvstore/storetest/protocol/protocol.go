@@ -5,6 +5,7 @@
 //	client.go         a client that knows what to expect
 //	conversations.go  every request, every mistake and its hint, ends of lines, other protocols
 //	model.go          the answer to any line
+//	fuzz.go           any bytes, which the model answers as well
 //	lines.go          lines in pieces, long lines and slow ones, and lines before a half-close
 //	lists.go          keys that expire, Takes that wait, a Dump beside writers
 //	readers.go        clients that do not read, and those that read steadily

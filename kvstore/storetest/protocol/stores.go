@@ -2,8 +2,10 @@ package protocol
 
 import (
 	"cmp"
+	"fmt"
 	"math"
 	"math/rand/v2"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -16,6 +18,7 @@ import (
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/durable"
+	"kvserver/kvstore/storetest"
 	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/world"
 )
@@ -334,4 +337,93 @@ func MemoryOfALastRequest(t *testing.T, start StartOn) {
 		runtime.GC()
 		is.Equal(t, "the list of the last Get in memory", list.Value(), nil)
 	})
+}
+
+// ExpireManyAtOnce ensures that many keys that end at once are deleted in turns with the clients'
+// requests, and that nobody sees those that are still there. A round of turns may take this long beside
+// so many Deletes.
+func ExpireManyAtOnce(t *testing.T, start StartOn, round time.Duration, deletes int) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const many, takes = 6000, 10 * time.Microsecond
+		db := slowDeletes{kvstore.NewMemory(), takes}
+		for i := range many {
+			db.PutUntil(fmt.Sprint("k", i), "v", time.Now().Add(time.Second).UnixMilli())
+		}
+		db.Put("stays", "v")
+
+		a := start.on(t, db).Dial(t)
+		world.Pass(time.Second - time.Millisecond)
+		a.Ask("Count:k1", ":OK 1")
+		a.WantStat("expiring_keys", many)
+		<-time.After(time.Millisecond)
+
+		most := round + time.Duration(deletes+2)*takes
+		left, turns := many, 0
+		for ; left > 0; turns++ {
+			start := time.Now()
+
+			left = a.Stat("expiring_keys")
+			key := fmt.Sprint("k", many-1-turns)
+			a.Ask("Get:"+key+"\nCount:"+key+"\nAdd:"+key+":w\nGet:"+key+"\nDelete:"+key, ":OK 0", key+":w")
+			a.Ask("Keys\nDump", ": stays", ":OK 1", ": Put:stays:v", ":OK 1")
+
+			const chains = 4
+			if took := time.Since(start); took > 2*chains*most { // for one under way, and its own
+				t.Fatalf("with %d keys to go a client waits %v", left, took)
+			}
+		}
+
+		is.Between(t, "turns in which the keys went", turns, 10, math.MaxInt)
+	})
+}
+
+// slowDeletes is a Memory whose Deletes take a while.
+type slowDeletes struct {
+	*kvstore.Memory
+	takes time.Duration
+}
+
+func (s slowDeletes) Delete(key string) int {
+	<-time.After(s.takes)
+	return s.Memory.Delete(key)
+}
+
+// RoomForEveryWrite ensures that a store is asked for room for all that a write adds to its log.
+func RoomForEveryWrite(t *testing.T, start StartOn) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		dir.Reserve = 0 // so that the log ends with what was written
+		store, err := durable.Open(t.Context(), dir, durable.Options{})
+		is.OK(t, err)
+		t.Cleanup(func() { is.OK(t, store.Close()) })
+		db := &roomCounter{Store: store}
+
+		long := func(of string) string { return strings.Repeat(of, kilo) }
+		c, size := start.on(t, db).DialAck(t), 0
+		for _, verb := range []string{"Put:k:v", "Set:k:v", "Update:k:v:w", "Swap:k:w:v", "Add:l:v",
+			"Expire:k:9", "Lease:m:9:v", "Remove:k:v", "Take:l", "Delete:m"} {
+			name, arguments, _ := strings.Cut(verb, ":")
+			c.Send(name + ":" + regexp.MustCompile("[a-z]").ReplaceAllStringFunc(arguments, long) + "\nPing\n")
+			for c.Read() != ":PONG" {
+			}
+
+			data, _ := dir.Read("seg-1.log")
+			if size > 0 {
+				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
+			}
+			size = len(data)
+		}
+	})
+}
+
+// roomCounter is a store that notes for how many bytes it was asked last.
+type roomCounter struct {
+	*durable.Store
+	asked int64
+}
+
+func (r *roomCounter) Room(key string, bytes int64, removes int) error {
+	r.asked = bytes
+	return r.Store.Room(key, bytes, removes)
 }
