@@ -522,6 +522,44 @@ func TestReplacedRealFileThatWasJustMade(t *testing.T) {
 	}
 }
 
+// Ensure that a real file whose middle somebody overwrites is written again by Close.
+func TestOverwrittenRealFile(t *testing.T) {
+	for what, overwrite := range overwrites {
+		path := t.TempDir()
+		d, err := openAt(path, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 100 {
+			d.Put(fmt.Sprint("key", i), "value")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+
+		name := filepath.Join(path, "seg-1.log")
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		middle := b[d.size/2:][:50]
+		overwrite(middle)
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteAt(middle, d.size/2)
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+
+		want := maps.Collect(d.All())
+		if err := d.Close(); err != nil {
+			t.Errorf("%s: Close: %v", what, err)
+		}
+		wantAll(t, what, mustDirectory(t, path), want)
+	}
+}
+
 // at opens the directory at path, calls f, and closes the directory.
 func at[T any](path string, f func(storage.Directory) (T, error)) (result T, err error) {
 	dir, err := storage.OpenDisk(path, nil)

@@ -174,6 +174,45 @@ func (d *Store) lastLook() error {
 	return d.lookForFiles()
 }
 
+// fullLook is lastLook after it has read the current file: all other looks read only the beginning and
+// the end of that file. It takes at most as long as a start takes for one segment. A change in the
+// middle that comes later, while Close writes its last frame, is not seen.
+func (d *Store) fullLook() error {
+	err := d.readBack()
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrSpoiled, err)
+	}
+	return d.lastLook()
+}
+
+// readBack reads the current file as a start does, and notes whether its frames are still as they
+// were written, so that the next look heals it if not. An error means that it cannot be read.
+func (d *Store) readBack() error {
+	// Meanwhile the timer must not write.
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	w := d.current
+	if !w.isShared {
+		return nil
+	}
+
+	// Each frame has a checksum, and the sequence that follows the one before.
+	l := &logReader{dir: d.dir, name: w.header.name(), path: w.path, f: lentFile{w.f}, size: w.size,
+		limit: w.size}
+	l.beginBehind(w.header)
+	end, err := l.scan(func(*logReader, frame, []byte) error { return nil })
+	if err != nil {
+		return w.named("read", err)
+	}
+	w.isSpoiled = w.isSpoiled || end.offset != w.size
+	return nil
+}
+
+// lentFile is a file that its reader does not close.
+type lentFile struct{ storage.File }
+
+func (lentFile) Close() error { return nil }
+
 // mend brings the files back to what they should be, checks them again, and returns what is still
 // wrong.
 func (d *Store) mend(c changes) (left changes, err error) {

@@ -3,6 +3,7 @@ package durable
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
@@ -11,6 +12,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -292,5 +294,134 @@ func TestEmptiedWhileItCloses(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// overwrites change bytes of a file in place.
+var overwrites = map[string]func(b []byte){
+	"zeros":   func(b []byte) { clear(b) },
+	"garbage": func(b []byte) { copy(b, bytes.Repeat([]byte("Z"), len(b))) },
+	"one bit": func(b []byte) { b[len(b)/2] ^= 1 },
+}
+
+// Ensure that Close notices if somebody has changed the middle of the current file, in any of its
+// frames, and writes all data again; and that a crash meanwhile leaves all data, or what a start
+// refuses, as it refused the file before.
+func TestCloseHealsTheMiddle(t *testing.T) {
+	for what, overwrite := range overwrites {
+		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
+			for at := 0; at < 6; at = storetest.Next(at, 2) {
+				where := fmt.Sprintf("%s in frame %d, fsync %v", what, at+1, fsync)
+				synctest.Test(t, func(t *testing.T) { closeHealsTheMiddle(t, where, overwrite, fsync, at) })
+			}
+		}
+	}
+}
+
+// closeHealsTheMiddle is TestCloseHealsTheMiddle for a change of one frame.
+func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), fsync time.Duration,
+	at int) {
+	log := &strings.Builder{}
+	dir, d := newSmall(t, Options{Fsync: fsync, Log: slog.New(slog.NewTextHandler(log, nil))})
+	starts := []int64{headerSize}
+	for range 6 {
+		d.Put("key", strings.Repeat("v", 100))
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		starts = append(starts, d.size)
+	}
+	<-time.After(3 * lookTime) // the last frame is vouched for
+
+	// No look sees this, because it is neither the beginning nor the end of the file.
+	b := dir.Names["seg-1.log"].Data[starts[at]:starts[at+1]]
+	overwrite(b[len(b)/2:])
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	want := maps.Collect(d.All())
+	if _, err := openSmall(dir.Kill(), Options{}); !errors.As(err, new(*storage.DamageError)) {
+		t.Fatalf("%s: the next start says %v", where, err)
+	}
+
+	// Close writes all again. What was changed does not matter to a crash meanwhile, only where.
+	random := rand.New(rand.NewPCG(uint64(at), 1))
+	var images []*storetest.Dir
+	dir.Before = func(storetest.Call) error {
+		if strings.HasPrefix(where, "one bit") {
+			images = append(images, dir.Kill(), dir.Crash(random))
+		}
+		return nil
+	}
+	if err := d.Close(); err != nil {
+		t.Fatalf("%s: Close: %v", where, err)
+	}
+	dir.Before = nil
+	wantAll(t, where, dir, want)
+
+	if n := strings.Count(log.String(), "level=ERROR"); n != 1 ||
+		!strings.Contains(log.String(), "all data is on disk again") {
+		t.Errorf("%s: the log says\n%s", where, log)
+	}
+	if opened := wantAllOrRefused(t, where, images, want); opened == 0 && len(images) > 0 {
+		t.Errorf("%s: not one of %d images opens", where, len(images))
+	}
+}
+
+// wantAllOrRefused opens what crashes have left. It fails unless each start refuses damage, or holds
+// exactly what want says. It returns how many do.
+func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
+	want map[string][]string) (opened int) {
+	t.Helper()
+	for i, image := range images {
+		again, err := openSmall(image, Options{})
+		if errors.As(err, new(*storage.DamageError)) {
+			continue
+		}
+		if err != nil {
+			t.Fatalf("%s: image %d of %d: %v", what, i, len(images), err)
+		}
+		if !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string]) {
+			t.Errorf("%s: image %d of %d opens with other data", what, i, len(images))
+		}
+		opened++
+		again.Close()
+	}
+	return opened
+}
+
+// Ensure that Close reads the current file a second time if it cannot be read, and returns an error if
+// that fails, too: somebody may have changed it.
+func TestCloseCannotReadTheMiddle(t *testing.T) {
+	for _, fails := range []int{1, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.Put("key", "value")
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			dir.Names["seg-1.log"].Data[headerSize] ^= 1
+
+			failed := 0
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "read" && c.Name == "seg-1.log" && failed < fails {
+					failed++
+					return syscall.EIO
+				}
+				return nil
+			}
+			err := d.Close()
+			dir.Before = nil
+			if fails == 2 {
+				if !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
+					t.Errorf("Close: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Errorf("Close: %v", err)
+			}
+			wantAll(t, "read again", dir, map[string][]string{"key": {"value"}})
+		})
 	}
 }

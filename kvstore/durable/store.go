@@ -589,10 +589,10 @@ func (d *Store) Close() error {
 
 	// Afterwards no heal has the data any more. The timer ends later, because a heal syncs, too.
 	if err == nil {
-		err = d.lastLook()
+		err = d.fullLook()
 	}
 	if errors.Is(err, ErrSpoiled) {
-		err = d.lastLook() // what failed once may not fail again
+		err = d.fullLook() // what failed once may not fail again
 	}
 	if err == nil {
 		err = d.held()
