@@ -107,6 +107,7 @@ func (d *Store) noteSnapshot(c *compaction) {
 	}
 	d.snapshot = c.header.number
 	d.fullBytes += c.bytes - c.replaced
+	d.noDelete, d.noRemove = refusal{}, refusal{} // the disk has more room now
 
 	// The files that it replaces are not ours any more.
 	d.stamps[c.header.name()] = c.written

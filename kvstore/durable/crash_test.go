@@ -674,6 +674,69 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that requests that free room, and are refused on a full disk again and again, ask the disk only
+// ten times a second; that smaller ones are tried; and that they are taken soon after there is room
+// again, at once after a compaction.
+func TestRefusedRemovesAskSeldom(t *testing.T) {
+	for _, removes := range []int{1, 1000} { // of a list of 20
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{Fsync: FsyncNever})
+			dir.Room = 200_000
+			d.minCompact = 1 << 40
+			d.compactAfter = time.Now().Add(time.Hour) // or it may be compacted into SPARE
+			pairs := fillDisk(t, d, 500, 9, 20)
+			if removes > 1 { // a Delete finds no room only if SPARE is gone
+				d.spare.cut(0)
+				dir.Room = sizeOf(dir)
+			}
+
+			ask := func(bytes int64) error { return d.Room(pairs[0][0], bytes, removes) }
+			for ask(700) == nil {
+				d.Update(pairs[0][0], pairs[0][1], pairs[0][1])
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+			}
+
+			for range 5 {
+				before := dir.Calls
+				for i := range int64(1000) {
+					if err := ask(700 + i); !storage.IsFull(err) {
+						t.Fatalf("removes %d: a request on a full disk: %v", removes, err)
+					}
+				}
+				if n := dir.Calls - before; n > 40 {
+					t.Errorf("removes %d: 1000 refused requests make %d calls", removes, n)
+				}
+				<-time.After(roomTime)
+			}
+
+			// Less may fit, and so it is tried.
+			ask(700)
+			before := dir.Calls
+			if ask(699); dir.Calls == before {
+				t.Errorf("removes %d: a smaller request is not tried", removes)
+			}
+			ask(700)
+
+			// What another program leaves is noticed later, but what a compaction frees at once.
+			dir.Room = 0
+			if err := ask(700); !storage.IsFull(err) {
+				t.Errorf("removes %d: just after it was refused: %v", removes, err)
+			}
+			if removes == 1 {
+				<-time.After(roomTime)
+			} else if !d.rotateEarly() || d.compactNow() != nil {
+				t.Fatal("no compaction")
+			}
+			if err := ask(700); err != nil {
+				t.Errorf("removes %d: with room again: %v", removes, err)
+			}
+			d.Close()
+		})
+	}
+}
+
 // Ensure that a store on a full disk takes writes again once everything was deleted, even if its
 // log is too small for an ordinary compaction, and after a restart.
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {

@@ -68,9 +68,9 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 	case frees && d.room >= need && d.spare.fileSize >= d.toDelete(0): // the usual case
 		return nil
 	case frees && removes >= d.Count(key): // the log gets the key alone
-		return d.roomToFree(d.needFor(min(bytes, 2*int64(len(key)))), 0)
+		return d.roomToFree(&d.noDelete, d.needFor(min(bytes, 2*int64(len(key)))), 0)
 	case frees:
-		return d.roomToFree(need, d.toDelete(0))
+		return d.roomToFree(&d.noRemove, need, d.toDelete(0))
 	case d.zerosAhead == 0:
 		return d.dir.RoomFor(need, d.toDelete(bytes), false)
 	}
@@ -146,13 +146,36 @@ func (d *Store) roomBeside(need, wanted int64) error {
 	return err
 }
 
-// roomToFree is Room for a request that frees room. On a full disk the log takes room from SPARE,
-// but leaves wanted bytes for Deletes.
-func (d *Store) roomToFree(need, wanted int64) error {
+// refusal is the last request of one kind that found no room. The zero value: there is none.
+type refusal struct {
+	why   error
+	need  int64     // bytes of log
+	room  int64     // bytes in the log and in SPARE then
+	until time.Time // the end of its time
+}
+
+// roomToFree is Room for a request that frees room. Shortly after the refusal last, a request that needs
+// as much is refused without asking the disk, which takes many calls, unless there is more room by now.
+func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 	if d.zerosAhead == 0 {
 		return d.dir.RoomFor(need, wanted, true)
 	}
 
+	if need >= last.need && d.room+d.spare.fileSize <= last.room && time.Now().Before(last.until) {
+		return last.why
+	}
+	*last = refusal{}
+	err := d.takeRoom(need, wanted)
+	if err != nil {
+		*last = refusal{why: err, need: need, room: d.room + d.spare.fileSize,
+			until: time.Now().Add(roomTime)}
+	}
+	return err
+}
+
+// takeRoom makes room for need bytes in the log. On a full disk the log takes room from SPARE, but
+// leaves wanted bytes for Deletes.
+func (d *Store) takeRoom(need, wanted int64) error {
 	err := d.makeRoomAnywhere(need, wanted)
 	if err == nil {
 		return nil

@@ -136,6 +136,8 @@ type Store struct {
 	refused     int64     // bytes of that write's key and values
 	roomAfter   time.Time // until then writes of that size or more are refused without a try
 	mostRefused int64     // bytes of the largest refused write since writes were last taken; 0: none
+	noDelete    refusal   // the last refused request that removes its key
+	noRemove    refusal   // the last refused one of the others that free room
 
 	// Compaction.
 	segmentSize, minCompact int64            // the directory's Sizes
