@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -137,6 +138,46 @@ func TestKilledRotation(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Ensure that a rotation loses nothing to a power failure at any of its calls, even if the timer has
+// just written a frame whose fsync takes long.
+func TestRotationBesideTheTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{Fsync: time.Second})
+		var mu sync.Mutex // guards images
+		var images []*storetest.Dir
+		var fsyncs atomic.Int32
+		dir.Before = func(c storetest.Call) error {
+			mu.Lock()
+			images = append(images, dir.Crash(rand.New(unsynced{})))
+			mu.Unlock()
+			if c == (storetest.Call{What: "sync", Name: "seg-1.log"}) && fsyncs.Add(1) == 2 {
+				<-time.After(10 * time.Second)
+			}
+			return nil
+		}
+
+		// The timer's first fsync is of the Put, the second of the frame that says that this is on disk.
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(3 * time.Second / 2)
+		mu.Lock()
+		images = nil
+		mu.Unlock()
+
+		// A heal, or a compaction on a full disk, begins with this.
+		if isNew, err := d.rotate(); !isNew || err != nil || fsyncs.Load() < 2 {
+			t.Fatalf("a new file: %v, %v; %d fsyncs of the old one", isNew, err, fsyncs.Load())
+		}
+		d.Close()
+		for i, image := range images {
+			wantAll(t, fmt.Sprintf("before call %d of %d", i+1, len(images)), image,
+				map[string][]string{"key": {"value"}})
+		}
+	})
 }
 
 // Ensure that a rotation for which the disk has no room does not fail the store, however little is

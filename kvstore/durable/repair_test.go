@@ -523,23 +523,26 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	const gap = "LOST    what came after dir/snap-3.log"
 	for what, c := range map[string]struct {
 		spoil func(image *storetest.Dir)
-		lost  string // "": nothing is
-		gone  []int  // segments whose keys are lost
+		lost  string   // "": nothing is
+		gone  []string // what the keys that are lost begin with: each has its segment and a number
 	}{
 		"its header is bad": {func(image *storetest.Dir) {
 			image.Names["seg-4.log"].Data[40] ^= 1
 		}, "", nil},
+		"its header and its first frames are bad": {func(image *storetest.Dir) {
+			clear(image.Names["seg-4.log"].Data[:headerSize+3*(frameSize+64)])
+		}, gap, []string{"in4-00", "in4-01", "in4-02"}},
 		"it is missing": {func(image *storetest.Dir) {
 			delete(image.Names, "seg-4.log")
-		}, gap, []int{4}},
+		}, gap, []string{"in4-"}},
 		"all are missing": {func(image *storetest.Dir) {
 			delete(image.Names, "seg-4.log")
 			delete(image.Names, "seg-5.log")
-		}, gap, []int{4, 5}},
+		}, gap, []string{"in4-", "in5-"}},
 		"it is missing, and the next one is empty": {func(image *storetest.Dir) {
 			delete(image.Names, "seg-4.log")
 			image.Names["seg-5.log"].Data = image.Names["seg-5.log"].Data[:headerSize]
-		}, gap, []int{4, 5}},
+		}, gap, []string{"in4-", "in5-"}},
 	} {
 		for _, leftover := range []bool{false, true} {
 			what := fmt.Sprintf("%s, leftover %v", what, leftover)
@@ -555,16 +558,16 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 				if d.number() == 5 {
 					more--
 				}
-				d.Put(fmt.Sprintf("in%d-%d", d.number(), i), strings.Repeat("v", 50))
+				d.Put(fmt.Sprintf("in%d-%02d", d.number(), i), strings.Repeat("v", 50))
 				if err := d.Commit(); err != nil {
 					t.Fatal(err)
 				}
 			}
 
 			want := maps.Collect(d.All())
-			for _, number := range c.gone {
+			for _, gone := range c.gone {
 				maps.DeleteFunc(want, func(key string, _ []string) bool {
-					return strings.HasPrefix(key, fmt.Sprintf("in%d-", number))
+					return strings.HasPrefix(key, gone)
 				})
 			}
 			d.Close()

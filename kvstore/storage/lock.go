@@ -262,10 +262,15 @@ func (l *diskLock) again() error {
 		return err
 	}
 	f.Close()
+	return l.lockNew()
+}
 
+// lockNew locks and signs the LOCK that was just made, unless another process was faster: then that file
+// is the other's. The caller has mu.
+func (l *diskLock) lockNew() error {
 	// InUse of another process may hold it for a moment.
 	old := l.file
-	f, err = tryLock(func() (*os.File, error) { return l.dir.lockFile(os.O_CREATE) })
+	f, err := tryLock(func() (*os.File, error) { return l.dir.lockFile(os.O_CREATE) })
 	if err == nil {
 		err = l.sign(f)
 	}

@@ -339,6 +339,41 @@ func TestReplacedLock(t *testing.T) {
 	}
 }
 
+// Ensure that where only LOCK is locked, a new LOCK that another process has locked first stays that
+// process's.
+func TestNewLockOfAnother(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // nobody can remove a lock
+	}
+	synctest.Test(t, func(t *testing.T) {
+		path := t.TempDir()
+		first, second := mustOpen(t, path), mustOpen(t, path)
+		first.isPlain, second.isPlain = true, true
+		lock, err := first.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+
+		// LOCK is removed, made again, and locked before the first process can do it.
+		os.Remove(filepath.Join(path, LockName))
+		other, err := second.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		if err := lock.(*diskLock).lockNew(); !errors.Is(err, ErrLocked) {
+			t.Errorf("it locks another's LOCK: %v", err)
+		}
+		if !second.isThis(other.(*diskLock).file, LockName) {
+			t.Error("it has removed another's LOCK")
+		}
+		if err := lock.Verify(); !errors.Is(err, ErrMoved) {
+			t.Errorf("the first one says %v", err)
+		}
+	})
+}
+
 // Ensure that a start that fails because of LOCK alone, as beside an older kvserver, leaves the
 // directory unlocked.
 func TestFailedLockLeavesNothing(t *testing.T) {
