@@ -3,6 +3,7 @@ package durable
 import (
 	"errors"
 	"fmt"
+	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest"
 	"log/slog"
 	"maps"
@@ -20,7 +21,7 @@ import (
 // Ensure that a file of somebody else's, for which the next start is refused, is logged once and
 // starts no heal, and that Close names it.
 func TestStrangeFile(t *testing.T) {
-	for _, name := range []string{"seg-50.log", "photo.jpg"} {
+	for _, name := range []string{"seg-50.log", "seg-2.log", "snap-99.log", "photo.jpg"} {
 		synctest.Test(t, func(t *testing.T) {
 			log := &strings.Builder{}
 			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
@@ -41,15 +42,19 @@ func TestStrangeFile(t *testing.T) {
 				!strings.Contains(log.String(), name) {
 				t.Errorf("%s: %d errors, now in file %d:\n%s", name, n, d.number(), log)
 			}
-			if err := d.Close(); err == nil || !strings.Contains(err.Error(), name) {
-				t.Errorf("%s: Close: %v", name, err)
+			err := d.Close()
+			if !errors.Is(err, ErrOthers) || !strings.Contains(err.Error(), dir.Path(name)) ||
+				!strings.Contains(storage.Advice(err), "Take these files out") {
+				t.Errorf("%s: Close: %v; %s", name, err, storage.Advice(err))
 			}
 			if dir.Names[name] == nil {
 				t.Errorf("%s was removed", name)
 			}
 
-			if _, err := openSmall(dir.Kill(), Options{}); err == nil {
-				t.Errorf("%s is in no start's way", name)
+			_, err = openSmall(dir.Kill(), Options{})
+			if err == nil || !strings.Contains(err.Error(), dir.Path(name)) ||
+				!strings.Contains(strings.ToLower(storage.Advice(err)), "take") {
+				t.Errorf("a start beside %s: %v; %s", name, err, storage.Advice(err))
 			}
 
 			dir.Remove(name)
@@ -58,6 +63,50 @@ func TestStrangeFile(t *testing.T) {
 				t.Errorf("opened again without %s: %v", name, err)
 			}
 		})
+	}
+}
+
+// Ensure that a start, and Check, say that a log file may be somebody else's if it is another store's
+// or too short, and do not say it of the store's own.
+func TestStrayLogFile(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.minCompact = 1 << 40
+	fillUntil(d, func() bool { return d.number() == 3 && d.size > headerSize })
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	other, old := newSmall(t, Options{})
+	old.Put("old", "copy")
+	old.Close()
+	own, others := dir.Names["seg-3.log"].Data, other.Names["seg-1.log"].Data
+
+	for _, c := range []struct {
+		what, name string
+		data       []byte
+		isStray    bool
+	}{
+		{"another store's far behind", "seg-50.log", others, true},
+		{"another store's right behind", "seg-4.log", others, true},
+		{"another store's snapshot", "snap-99.log", others, true},
+		{"a part of a header", "seg-50.log", others[:headerSize-1], true},
+		{"the store's own far behind", "seg-50.log", own, false},
+		{"the store's own right behind", "seg-4.log", own, false},
+		{"a header that was overwritten", "seg-4.log", make([]byte, len(own)), false},
+		{"a file that was emptied", "seg-3.log", nil, false},
+	} {
+		image := dir.With(c.name, c.data)
+		_, err := openSmall(image, Options{})
+		damage := (*storage.DamageError)(nil)
+		if !errors.As(err, &damage) || errors.Is(err, ErrStray) != c.isStray ||
+			c.isStray && !strings.Contains(err.Error(), image.Path(c.name)+" is empty, or not") {
+			t.Errorf("%s: a start: %v", c.what, err)
+		}
+		r, err := Check(image)
+		text := strings.Join(r.Lines, "\n")
+		if err != nil || !r.Damaged || errors.Is(r.Err, ErrStray) != c.isStray ||
+			strings.Contains(text, ErrStray.Error()) != c.isStray {
+			t.Errorf("%s: Check: %v, and says\n%s", c.what, err, text)
+		}
 	}
 }
 

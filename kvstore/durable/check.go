@@ -22,6 +22,7 @@ type Report struct {
 	Err error
 
 	missing bool // a file was missing
+	stray   bool // a file may be somebody else's
 }
 
 // say adds a line.
@@ -36,6 +37,7 @@ func (r *Report) damage(err error) error {
 	}
 
 	r.Damaged, r.missing = true, r.missing || errors.Is(err, fs.ErrNotExist)
+	r.stray = r.stray || errors.Is(err, ErrStray)
 	r.say("DAMAGED %v", err)
 	return nil
 }
@@ -67,6 +69,9 @@ func Check(dir storage.Directory) (r Report, err error) {
 	})
 	if r.Damaged {
 		r.Err = &storage.DamageError{File: dir.Path(""), What: "see above"}
+	}
+	if r.stray {
+		r.Err = fmt.Errorf("%w; %w", ErrStray, r.Err) // with its advice
 	}
 	return r, err
 }

@@ -148,11 +148,15 @@ func (d *Store) tellOfOthers(others []string) error {
 			"or the next start is refused", "files", others, "dir", d.dir.Path(""))
 	}
 	d.toldOthers = others
-	if len(others) > 0 {
-		return fmt.Errorf("the next start is refused before these are taken out of %s: %s",
-			d.dir.Path(""), strings.Join(others, ", "))
+	if len(others) == 0 {
+		return nil
 	}
-	return nil
+
+	paths := make([]string, len(others))
+	for i, name := range others {
+		paths[i] = d.dir.Path(name)
+	}
+	return fmt.Errorf("%w: %s", ErrOthers, strings.Join(paths, ", "))
 }
 
 // tellOfLooks logs when the files cannot be checked any more, and when that is over.

@@ -20,6 +20,7 @@ type layout struct {
 	snapshot uint64   // its number; 0: there is none
 	last     uint64   // the last segment's number; 0: there is none
 	obsolete []string // names of files that the snapshot replaces, and of temporary files
+	shows    string   // name of the file that shows that one is missing; "": none is, or no file does
 }
 
 // readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
@@ -65,9 +66,11 @@ func readLayout(dir storage.Directory) (l layout, err error) {
 		// Name the file that shows the gap, too: perhaps that one is not the store's.
 		missing := missingFile(dir, name)
 		if number < l.last {
-			missing.What += ": " + logName(kindSegment, l.last) + " comes after it"
+			l.shows = logName(kindSegment, l.last)
+			missing.What += ": " + l.shows + " comes after it"
 		} else if l.snapshot > 0 {
-			missing.What += ": " + logName(kindSnapshot, l.snapshot) + " comes before it"
+			l.shows = logName(kindSnapshot, l.snapshot)
+			missing.What += ": " + l.shows + " comes before it"
 		}
 		return l, missing
 	}
@@ -121,7 +124,7 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 
 	s.layout, err = readLayout(dir)
 	if err != nil {
-		return nil, err
+		return nil, s.perhapsStray(err, s.shows)
 	}
 	s.logs, err = openLogs(dir, s.names())
 	if err != nil {
@@ -142,6 +145,30 @@ func findFiles(dir storage.Directory) (s *files, err error) {
 		closeLogs(s.logs)
 	}
 	return s, err
+}
+
+// ErrStray is returned, with what else is wrong, when a log file may be somebody else's.
+var ErrStray = storage.NewError("perhaps somebody else's file is in the data directory",
+	"Nothing was changed. If the file is not this store's, take it out, and start again. Otherwise "+
+		"restore a backup, or save what can be saved: kvserver repair DIR NEW")
+
+// perhapsStray returns err, with an ErrStray if the log file called name may be the cause: it is shorter
+// than a header, which no file of a store ever is, or it is another store's, or no regular file.
+func (s *files) perhapsStray(err error, name string) error {
+	if name == "" {
+		return err
+	}
+
+	l, openErr := openLog(s.dir, name)
+	isStray := errors.Is(openErr, storage.ErrNotOurs)
+	if openErr == nil {
+		isStray = l.size < headerSize || l.bad == nil && l.header.id != s.id
+		l.close()
+	}
+	if isStray {
+		err = fmt.Errorf("%w: %s is empty, or not this store's; %w", ErrStray, s.dir.Path(name), err)
+	}
+	return err
 }
 
 // checkID returns an error if STORE has another id than most of the log files: then STORE is
@@ -305,7 +332,7 @@ func (s *files) checkEnd(end logEnd) error {
 	}
 
 	at.What = "the frame that says that another file follows is missing"
-	return cmp.Or(end.bad, error(at))
+	return s.perhapsStray(cmp.Or(end.bad, error(at)), s.logs[s.at].name)
 }
 
 // isFollowed reports whether there is, or was, a segment with a higher number by now.

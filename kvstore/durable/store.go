@@ -55,6 +55,10 @@ var (
 	// data that was answered may be missing on disk.
 	ErrSpoiled = storage.NewError("the files may not be as they were written",
 		"Something may be lost. Look what is there: kvserver check DIR")
+	// ErrOthers is returned by Close when files for which the next start is refused are in the
+	// directory, and are not the store's to remove, or cannot be removed.
+	ErrOthers = storage.NewError("files that do not belong to the store are in its directory",
+		"Nothing is lost. Take these files out, then start again: before that a start is refused.")
 )
 
 // Values of Options.Fsync that are not a time between two fsyncs.
