@@ -23,8 +23,7 @@
 //	There is one order of all operations; one that ended before another began comes first
 //		TestSimulation, TestKilledServer
 //	With -data, and -fsync always, nothing that was answered is lost
-//		TestCrashAfterEveryCall, TestCrashesInRecoveries, TestEveryCallFails,
-//		TestKilledServer
+//		TestCrashAfterEveryCall, TestEveryCallFails, TestKilledServer, TestSimulation
 //	Files that somebody removes under a running server are written again
 //		TestRemovedFilesAreWrittenAnew, TestHealMayFail, TestRemovedRealFiles
 //	A start copies nothing, and a full disk stops neither it nor reading

@@ -227,30 +227,6 @@ func TestEveryCallFails(t *testing.T) {
 	}
 }
 
-// Ensure that three power failures in a row, each in the recovery from the one before,
-// lose nothing.
-func TestCrashesInRecoveries(t *testing.T) {
-	for seed := 0; seed < 150; seed = storetest.Next(seed, 3) {
-		random := rand.New(rand.NewPCG(uint64(seed), 3))
-		dir := storetest.New()
-		dir.FailAt, dir.Forever = 1+random.IntN(500), true
-		h := storetest.NewHistory()
-		if d, err := openSmall(dir, Options{}); err == nil {
-			storetest.Script(t, d, h)
-		}
-
-		image := dir.Crash(random)
-		for range 3 {
-			image.FailAt, image.Forever = 1+random.IntN(30), true
-			if d, err := openSmall(image, Options{}); err == nil {
-				d.Close()
-			}
-			image = image.Crash(random)
-		}
-		checkKept(t, h, image, fmt.Sprint("seed ", seed))
-	}
-}
-
 // Ensure that a missing descriptor does not end the store, whichever call lacks it.
 func TestMissingDescriptors(t *testing.T) {
 	for n, failed := 1, true; failed; n = storetest.Next(n, 3) {

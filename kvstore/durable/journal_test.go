@@ -903,46 +903,6 @@ func TestFsyncDuringWrite(t *testing.T) {
 	}
 }
 
-// Ensure that frames that were never synced, and reached the disk out of order, are a torn end, not
-// damage.
-func TestUnsyncedFramesMayBeLost(t *testing.T) {
-	dir := storetest.New()
-	first, err := openStill(dir, Options{Fsync: FsyncNever})
-	if err != nil {
-		t.Fatal(err)
-	}
-	first.zerosAhead = 0
-
-	var starts []int
-	f := dir.Names["seg-1.log"]
-	for i := range 5 {
-		starts = append(starts, len(f.Data))
-		first.Put("key", fmt.Sprint(i))
-		first.Commit()
-	}
-
-	// As after a power failure when all frames but the third were on disk.
-	dir.Locked = false
-	data := slices.Clone(f.Data)
-	clear(data[starts[2]:starts[3]])
-	d, err := openStill(dir.With("seg-1.log", data), Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := d.Get("key"); !slices.Equal(got, []string{"0", "1"}) {
-		t.Errorf("got %q, want the two before the gap", got)
-	}
-
-	first.Close()
-	data = slices.Clone(f.Data)
-	clear(data[starts[2]:starts[3]])
-	var damage *storage.DamageError
-	if _, err := openStill(dir.With("seg-1.log", data),
-		Options{}); !errors.As(err, &damage) {
-		t.Errorf("with a gap, after a stop that synced everything: %v", err)
-	}
-}
-
 // unsynced is a random source for Dir.Crash with which nothing is left that was not synced.
 type unsynced struct{}
 
