@@ -55,7 +55,7 @@
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	No client waits more than some milliseconds for others, however much they have sent
+//	No client waits more than some milliseconds for others, however much they have sent; only a Keys or Dump may
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
 //	Log output can neither stop nor end a server
