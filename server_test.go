@@ -523,6 +523,25 @@ func TestLogNeverBlocks(t *testing.T) {
 	}
 }
 
+// Ensure that each line about lost lines counts those that were lost since the one before.
+func TestLogCountsLostLinesOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var text strings.Builder
+		log := newLog(&text, false, false)
+		for _, lost := range []int64{2, 0, 3, 0} {
+			log.counts.lost.Add(lost)
+			log.Info("a line")
+			log.flush()
+		}
+		close(log.lines)
+
+		told := regexp.MustCompile(`lines=\d+`).FindAllString(text.String(), -1)
+		if !slices.Equal(told, []string{"lines=2", "lines=3"}) {
+			t.Errorf("the log tells of %q:\n%s", told, &text)
+		}
+	})
+}
+
 func TestLogMayEnd(t *testing.T)              { command.LogMayEnd(t, binary) }
 func TestLogTellsOfAFailingDisk(t *testing.T) { command.LogTellsOfAFailingDisk(t, binary) }
 func TestLogTellsOfAFailedStart(t *testing.T) { command.LogTellsOfAFailedStart(t, binary) }
