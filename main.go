@@ -1238,8 +1238,8 @@ func dialProblem(addrs string, err error) error {
 		err = op.Err // the rest repeats our own words
 	}
 
-	todo := "Start a server there, or name another with -addr. A server that still loads its data does " +
-		"not listen yet: look at its log."
+	todo := "Nobody listens there. A server that loads its data, or stands by, does not listen yet: look " +
+		"at its log. Or start one, or name another with -addr."
 	switch {
 	case strings.Contains(addrs, ","):
 		todo = "None of them serves. One that stands by does not listen."
@@ -1249,7 +1249,7 @@ func dialProblem(addrs string, err error) error {
 		todo = "Somebody listens there, and does not answer. Look at its log, or try again with a " +
 			"longer -timeout."
 	case strings.Contains(err.Error(), "remote error: tls: "):
-		todo = "It wants a certificate from its CA that has not ended: give -tls-cert and -tls-key."
+		todo = "It admits only certificates from its own CA that have not ended: look at -tls-cert and -tls-key."
 	case !isDial:
 		todo = "Somebody answers there. With TLS give a host name that is in its certificate, and the " +
 			"certificate's CA as -tls-ca; without TLS give no -tls-ca."

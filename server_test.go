@@ -54,7 +54,7 @@
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	No client waits more than some milliseconds for others, however much they have sent
+//	No client waits more than some milliseconds for others, however much they have sent; only a Keys or Dump may
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
 //	Log output can neither stop nor end a server
@@ -262,7 +262,6 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		t.Errorf("with a flag: %+v, %v", c, err)
 	}
 
-	t.Setenv("KVSERVER_MAX_LINE", "many")
 	t.Setenv("KVSERVER_MAX_LINE", "")
 	t.Setenv("KVSERVER_VERSION", "1.2")
 	if c, err = parseFlags(nil, io.Discard); err != nil || c.maxLine != defaultMaxLine {
@@ -520,6 +519,25 @@ func TestLogNeverBlocks(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Ensure that each line about lost lines counts those that were lost since the one before.
+func TestLogCountsLostLinesOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var text strings.Builder
+		log := newLog(&text, false, false)
+		for _, lost := range []int64{2, 0, 3, 0} {
+			log.counts.lost.Add(lost)
+			log.Info("a line")
+			log.flush()
+		}
+		close(log.lines)
+
+		told := regexp.MustCompile(`lines=\d+`).FindAllString(text.String(), -1)
+		if !slices.Equal(told, []string{"lines=2", "lines=3"}) {
+			t.Errorf("the log tells of %q:\n%s", told, &text)
+		}
+	})
 }
 
 func TestLogMayEnd(t *testing.T)              { command.LogMayEnd(t, binary) }
@@ -807,8 +825,7 @@ func TestCommand(t *testing.T) {
 			n.server.Close()
 		}()
 
-		r, _ := io.Pipe() // an input that never ends
-		if _, err := talk(&talker{conn: a.Conn, in: struct{ io.Reader }{io.LimitReader(r, 0)},
+		if _, err := talk(&talker{conn: a.Conn, in: strings.NewReader(""),
 			out: command.Closing(io.Discard), errs: io.Discard}); err != nil {
 			t.Errorf("with no input: %v", err)
 		}
@@ -3826,7 +3843,7 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	q := &Query{queryType: get, key: "k"}
 	q.run(db, time.Now)
 	for i := range q.values { // a walk would find them empty
-		q.values[i] = "" // a walk would find them empty
+		q.values[i] = ""
 	}
 	is.Between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
 }

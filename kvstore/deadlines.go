@@ -7,36 +7,36 @@ import (
 )
 
 // deadlines tells which key expires next. A key's deadline itself is in its entry, or beside its
-// large entry, so that snapshots have it. Here are the ends of all keys with a deadline, in order.
-// They lie in chunks, so that adding or removing an end moves at most 4 KiB of ends. An end takes
+// large entry, so that snapshots have it. Here are the expiries of all keys with a deadline, in order.
+// They lie in chunks, so that adding or removing an expiry moves at most 4 KiB. An expiry takes
 // 16 bytes where chunks are full, and up to 43 where removals have left gaps.
 //
 //	chunks
 //	+---+     +-----------+-----------+-----
-//	| 0 | --> | at | hash | at | hash | ...       the earliest ends
+//	| 0 | --> | at | hash | at | hash | ...       the earliest expiries
 //	+---+     +-----------+-----------+-----
 //	| 1 | --> ...                                 later ones
 //	+---+
-type deadlines struct{ chunks [][]end }
+type deadlines struct{ chunks [][]expiry }
 
-// end is the deadline of a key with this hash.
-type end struct {
+// expiry is the deadline of a key with this hash.
+type expiry struct {
 	at   int64 // in milliseconds of Unix time
 	hash uint64
 }
 
 const (
-	chunkMost = 256               // ends in a chunk
-	chunkLess = chunkMost / 4 * 3 // ends in two neighbours, at most, that are merged
+	chunkMost = 256               // expiries in a chunk
+	chunkLess = chunkMost / 4 * 3 // expiries in two neighbours, at most, that are merged
 )
 
 // before reports whether e comes before other.
-func (e end) before(other end) bool {
+func (e expiry) before(other expiry) bool {
 	return e.at < other.at || e.at == other.at && e.hash < other.hash
 }
 
-// find returns the chunk that e belongs to, and its place there.
-func (d *deadlines) find(e end) (chunk, i int) {
+// place returns the chunk that e belongs to, and its place there.
+func (d *deadlines) place(e expiry) (chunk, i int) {
 	if len(d.chunks) == 0 {
 		return 0, 0
 	}
@@ -50,7 +50,7 @@ func (d *deadlines) find(e end) (chunk, i int) {
 		}
 	}
 
-	// The first end in it that does not come before e. (slices.BinarySearchFunc calls a function
+	// The first expiry in it that does not come before e. (slices.BinarySearchFunc calls a function
 	// for each comparison, which would be a tenth of an Expire's time.)
 	c := d.chunks[chunk]
 	for high := len(c); i < high; {
@@ -64,21 +64,21 @@ func (d *deadlines) find(e end) (chunk, i int) {
 }
 
 // add adds e.
-func (d *deadlines) add(e end) {
-	chunk, i := d.find(e)
+func (d *deadlines) add(e expiry) {
+	chunk, i := d.place(e)
 
-	// The chunk is full. Behind the last end of all a new chunk begins, because the next deadlines
+	// The chunk is full. Behind the last expiry of all a new chunk begins, because the next deadlines
 	// are usually later still. Any other chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:
-		d.chunks = append(d.chunks, make([]end, 0, chunkMost))
+		d.chunks = append(d.chunks, make([]expiry, 0, chunkMost))
 		chunk, i = len(d.chunks)-1, 0
 	case len(d.chunks[chunk]) == chunkMost:
 		// The second half gets an array of its own, so both halves have room.
 		const half = chunkMost / 2
 		c := d.chunks[chunk]
 		d.chunks = slices.Insert(d.chunks, chunk+1,
-			append(make([]end, 0, chunkMost), c[half:]...))
+			append(make([]expiry, 0, chunkMost), c[half:]...))
 		d.chunks[chunk] = c[:half]
 		if i > half {
 			chunk, i = chunk+1, i-half
@@ -89,18 +89,18 @@ func (d *deadlines) add(e end) {
 }
 
 // remove removes e, which must be there.
-func (d *deadlines) remove(e end) {
-	chunk, i := d.find(e)
+func (d *deadlines) remove(e expiry) {
+	chunk, i := d.place(e)
 	c := slices.Delete(d.chunks[chunk], i, i+1)
 	d.chunks[chunk] = c
 
-	// No chunk stays empty, because find looks at the first end of each.
+	// No chunk stays empty, because place looks at the first expiry of each.
 	if len(c) == 0 {
 		d.chunks = slices.Delete(d.chunks, chunk, chunk+1)
 		return
 	}
 
-	// Neighbours with few ends are merged.
+	// Neighbours with few expiries are merged.
 	for _, left := range []int{chunk - 1, chunk} {
 		if left < 0 || left+1 >= len(d.chunks) {
 			continue
@@ -115,9 +115,9 @@ func (d *deadlines) remove(e end) {
 	}
 }
 
-// bytes returns how many bytes of memory the ends take.
+// bytes returns how many bytes of memory the expiries take.
 func (d *deadlines) bytes() int {
-	const head, chunk = int(unsafe.Sizeof([]end{})), chunkMost * int(unsafe.Sizeof(end{}))
+	const head, chunk = int(unsafe.Sizeof([]expiry{})), chunkMost * int(unsafe.Sizeof(expiry{}))
 	return cap(d.chunks)*head + len(d.chunks)*chunk
 }
 
@@ -136,7 +136,7 @@ func (m *Memory) Expire(key string, deadline int64) (ok bool) {
 		return true
 	}
 
-	// NextDue reads the ends in m.deadlines.
+	// NextDue reads the expiries in m.deadlines.
 	m.noteDeadline(at.h, old, deadline)
 
 	// A snapshot keeps the old deadline: own copies the page of a large entry if a snapshot has it,
@@ -158,12 +158,12 @@ func (m *Memory) PutUntil(key, value string, at int64) {
 // noteDeadline replaces the deadline old of a key with hash h by at; for both, 0 means none.
 func (m *Memory) noteDeadline(h uint64, old, at int64) {
 	if old != 0 {
-		m.deadlines.remove(end{old, h})
+		m.deadlines.remove(expiry{old, h})
 		m.expiring--
 	}
 
 	if at != 0 {
-		m.deadlines.add(end{at, h})
+		m.deadlines.add(expiry{at, h})
 		m.expiring++
 	}
 }
@@ -185,7 +185,7 @@ func (v *view) deadline(slot uint64) (deadline int64) {
 	case slot&largeBit != 0:
 		deadline = v.large.at(number(slot)).deadline
 	default:
-		_, deadline, _ = v.entry(slot).list()
+		_, deadline, _ = v.entry(slot).head()
 	}
 	return deadline
 }
@@ -199,7 +199,7 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 		return "", false
 	}
 
-	// An end has only its key's hash, so the index is searched for a key with that hash.
+	// An expiry has only its key's hash, so the index is searched for a key with that hash.
 	earliest := m.deadlines.chunks[0][0]
 	p, tag := m.page(earliest.hash), earliest.hash<<addrBits
 	for i := home(tag); p.slots[i] != 0; i = next(i) {
@@ -214,6 +214,6 @@ func (m *Memory) NextDue(now int64) (key string, ok bool) {
 		}
 	}
 
-	// This cannot happen: a key's end is added and removed together with its deadline.
+	// This cannot happen: a key's expiry is added and removed together with its deadline.
 	panic("kvstore: a deadline of no key")
 }

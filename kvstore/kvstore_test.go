@@ -85,7 +85,7 @@ var Fewer func(n, of int) int
 // memorySteps returns how many random operations a test does: KVSTORE_STEPS if that is set, as in
 // .ci/run. With the race detector a test does one in so many.
 func memorySteps(t *testing.T, of int) (steps int) {
-	steps = Fewer(60_000, of)
+	steps = Fewer(100_000, of)
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
 		var err error
 		if steps, err = strconv.Atoi(text); err != nil {
@@ -124,7 +124,7 @@ func checkInside(t *testing.T, m *Memory) {
 // checkDeadlines reports what is wrong with the ends of m's keys.
 func checkDeadlines(t *testing.T, m *Memory) {
 	t.Helper()
-	n, last := 0, end{math.MinInt64, 0}
+	n, last := 0, expiry{math.MinInt64, 0}
 	for _, c := range m.deadlines.chunks {
 		if len(c) == 0 || cap(c) != chunkMost {
 			t.Fatalf("a chunk has %d ends and room for %d", len(c), cap(c))
@@ -144,8 +144,8 @@ func checkDeadlines(t *testing.T, m *Memory) {
 			continue
 		}
 		expiring++
-		e := end{at, maphash.Bytes(m.seed, m.entry(slot).key())}
-		if chunk, i := m.deadlines.find(e); m.deadlines.chunks[chunk][i] != e {
+		e := expiry{at, maphash.Bytes(m.seed, m.entry(slot).key())}
+		if chunk, i := m.deadlines.place(e); m.deadlines.chunks[chunk][i] != e {
 			t.Fatalf("end %v is not where it should be", e)
 		}
 	}

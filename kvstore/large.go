@@ -18,18 +18,18 @@ const perLongValue = 45
 // number, so their table has no empty places.
 type large struct {
 	data     entry
-	list     *list  // nil: the values are in data
-	deadline int64  // 0: none. data itself never has one
-	epoch    uint64 // Memory's when data was made: a snapshot taken since has data, too
-	shown    bool   // strings that are parts of data were handed out
+	list     *longList // nil: the values are in data
+	deadline int64     // 0: none. data itself never has one
+	epoch    uint64    // Memory's when data was made: a snapshot taken since has data, too
+	shown    bool      // strings that are parts of data were handed out
 }
 
-// list holds the values of a key that has too many for an entry.
+// longList holds the values of a key that has too many for an entry.
 //
 //	array     | gone | gone | b    | c | d | room |      gone: taken from the front while a
 //	values                  [ b    , c , d ]             reader had the array
 //	hashes                  [ h(b) , ...   ]
-type list struct {
+type longList struct {
 	values []string
 	hashes []uint32 // of the values: a search compares only values whose hash is equal
 	bytes  int64    // of the values, so that Delete need not walk through them
@@ -43,7 +43,7 @@ type list struct {
 func number(slot uint64) int { return int(slot & (largeBit - 1)) }
 
 // long returns the long list of a slot for reading; nil if the slot's list is short.
-func (v *view) long(slot uint64) *list {
+func (v *view) long(slot uint64) *longList {
 	if slot&largeBit == 0 {
 		return nil
 	}
@@ -52,7 +52,7 @@ func (v *view) long(slot uint64) *list {
 
 // ownLong returns the long list of a slot for a change: a copy, if a snapshot may have the list. It
 // is nil if the slot's list is short.
-func (m *Memory) ownLong(slot uint64) *list {
+func (m *Memory) ownLong(slot uint64) *longList {
 	l := m.long(slot)
 
 	// A snapshot may have a list of an earlier epoch and keeps that. The copy shares its array.
@@ -67,14 +67,14 @@ func (m *Memory) ownLong(slot uint64) *list {
 }
 
 // handOut returns the values of a long list for a reader. Nobody changes them from now on.
-func (m *Memory) handOut(l *list) []string {
+func (m *Memory) handOut(l *longList) []string {
 	l.shared = true // no copy is needed for this: snapshots do not look at it
 	return slices.Clip(l.values)
 }
 
 // writeLarge makes a large entry of values, or of the long list l if that is not nil. It replaces
 // the entry that a slot points to if that is large, and returns the new one's address.
-func (m *Memory) writeLarge(slot uint64, key string, values []string, l *list,
+func (m *Memory) writeLarge(slot uint64, key string, values []string, l *longList,
 	deadline int64) (addr uint64) {
 	// The deadline is kept beside data, where Expire can change it.
 	data := m.allocate(entrySize(key, values, 0))
@@ -112,8 +112,8 @@ func (m *Memory) dropLarge(k int) (size int) {
 }
 
 // newList makes a long list of clones of values.
-func (m *Memory) newList(values []string) *list {
-	l := &list{epoch: m.epoch}
+func (m *Memory) newList(values []string) *longList {
+	l := &longList{epoch: m.epoch}
 	for _, v := range values {
 		m.append(l, v)
 	}
@@ -121,7 +121,7 @@ func (m *Memory) newList(values []string) *list {
 }
 
 // append adds a clone of value to the end of l.
-func (m *Memory) append(l *list, value string) {
+func (m *Memory) append(l *longList, value string) {
 	// The array is full: the values move to a new array, which no reader has.
 	if len(l.values) == cap(l.values) {
 		l.values = slices.Grow(l.values, 1)
@@ -138,7 +138,7 @@ func (m *Memory) append(l *list, value string) {
 }
 
 // copied notes that l's values are in a new array.
-func (m *Memory) copied(l *list) {
+func (m *Memory) copied(l *longList) {
 	m.longGone -= l.gone
 	l.gone, l.most, l.shared = 0, len(l.values), false
 }
@@ -150,7 +150,7 @@ func (m *Memory) hash(value string) uint32 { return uint32(maphash.String(m.seed
 // index returns the place of the first value equal to value, -1 if there is none. A value that is
 // equal at the place hint counts as the first. Values with other hashes are not compared, however
 // long they are.
-func (m *Memory) index(l *list, value string, hint int) (place int) {
+func (m *Memory) index(l *longList, value string, hint int) (place int) {
 	if hint >= 0 && hint < len(l.values) && l.values[hint] == value {
 		return hint
 	}
@@ -165,7 +165,7 @@ func (m *Memory) index(l *list, value string, hint int) (place int) {
 }
 
 // takeOut removes the value at place from l.
-func (m *Memory) takeOut(l *list, place int) {
+func (m *Memory) takeOut(l *longList, place int) {
 	value := l.values[place]
 	bytes := int64(len(value))
 	m.tally(-1, value)

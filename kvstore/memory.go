@@ -102,7 +102,7 @@ func (m *Memory) store(at spot, key string, values []string) {
 // storeUntil is store with a new deadline; 0: none.
 func (m *Memory) storeUntil(at spot, key string, values []string, deadline int64) {
 	// A list with too many values or bytes becomes a long list; its entry has only the key.
-	var l *list
+	var l *longList
 	if len(values) > maxShort || len(values) > 1 && SizeOf(values) > maxShortBytes {
 		l, values = m.newList(values), nil
 	}
@@ -308,7 +308,7 @@ func (m *Memory) Count(key string) (n int) {
 	if l := m.long(at.slot); l != nil {
 		return len(l.values)
 	}
-	n, _, _ = e.list()
+	n, _, _ = e.head()
 	return n
 }
 
@@ -485,11 +485,11 @@ func (s *snapshot) View(scratch []string, key string) []string {
 	if e == nil {
 		return nil
 	}
-	return s.list(at.slot, scratch)
+	return s.valuesAt(at.slot, scratch)
 }
 
-// list returns the list of a slot.
-func (s *snapshot) list(slot uint64, scratch []string) []string {
+// valuesAt returns the list of a slot.
+func (s *snapshot) valuesAt(slot uint64, scratch []string) []string {
 	if slot&largeBit != 0 {
 		if l := s.large.at(number(slot)).list; l != nil {
 			return slices.Clip(l.values)
@@ -518,7 +518,7 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 				}
 
 				// The next short list overwrites this one in scratch.
-				if !yield(viewOf(s.entry(slot).key()), s.list(slot, scratch[:])) {
+				if !yield(viewOf(s.entry(slot).key()), s.valuesAt(slot, scratch[:])) {
 					return
 				}
 			}

@@ -107,9 +107,9 @@ func (e entry) hasKey(key string) bool {
 	return string(e.key()) == key
 }
 
-// list returns how many values a short list has, its deadline (0: none), and the bytes from the
+// head returns how many values a short list has, its deadline (0: none), and the bytes from the
 // first length on.
-func (e entry) list() (n int, deadline int64, rest []byte) {
+func (e entry) head() (n int, deadline int64, rest []byte) {
 	_, rest = e.parts()
 	n, rest = int(rest[0]), rest[1:]
 
@@ -128,7 +128,7 @@ func (e entry) values(dst []string) []string {
 	}
 
 	// The values begin behind the last of their lengths.
-	n, _, lengths := e.list()
+	n, _, lengths := e.head()
 	values := lengths
 	for range n {
 		_, size := binary.Uvarint(values)
@@ -147,7 +147,7 @@ func (e entry) values(dst []string) []string {
 
 // size returns how many bytes the entry takes.
 func (e entry) size() int {
-	n, _, rest := e.list()
+	n, _, rest := e.head()
 
 	// The lengths are enough; the values need not be read.
 	sum := 0

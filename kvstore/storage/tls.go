@@ -158,10 +158,10 @@ func readAgain(config *tls.Config, cert, key, ca string) (*tls.Config, error) {
 	return now, nil
 }
 
-// isPipe reports whether there is something at path that is no regular file.
+// isPipe reports whether there is something at path that is no file or directory.
 func isPipe(path string) bool {
 	info, err := os.Stat(path)
-	return err == nil && !info.Mode().IsRegular()
+	return err == nil && !info.Mode().IsRegular() && !info.IsDir()
 }
 
 // pemError returns err, of using files in PEM format, with advice.

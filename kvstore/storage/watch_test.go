@@ -133,7 +133,8 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	})
 }
 
-// Ensure that a certificate that could not be read again is not said to be read.
+// Ensure that a certificate that could not be read again, because its key is gone or is a directory by
+// now, is not said to be read.
 func TestTLSCertificateThatIsGone(t *testing.T) {
 	dir := command.Certificates(t, "server") // of today, which is years ahead in the bubble
 	cert, key := filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key")
@@ -144,11 +145,17 @@ func TestTLSCertificateThatIsGone(t *testing.T) {
 		is.OK(t, err)
 
 		os.Remove(key)
-		log.Take()
-		again <- syscall.SIGHUP
-		synctest.Wait()
-		if told := log.Take(); !strings.Contains(told, "cannot read") || strings.Contains(told, "is read") {
-			t.Errorf("the log says %s", told)
+		for _, isDirectory := range []bool{false, true} {
+			if isDirectory {
+				os.Mkdir(key, 0o700)
+			}
+			log.Take()
+			again <- syscall.SIGHUP
+			synctest.Wait()
+			told := log.Take()
+			if !strings.Contains(told, "cannot read") || strings.Contains(told, "is read") {
+				t.Errorf("the key is a directory: %v; the log says %s", isDirectory, told)
+			}
 		}
 		close(again)
 	})

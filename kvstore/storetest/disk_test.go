@@ -3,12 +3,13 @@ package storetest
 import (
 	"context"
 	"errors"
-	"kvserver/kvstore/storage"
 	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
+
+	"kvserver/kvstore/storage"
 )
 
 // leaves returns the different results of look after 200 power failures, in order.

@@ -60,11 +60,10 @@ func TestLinearizable(t *testing.T) {
 		"a waiter":      {history{take(1, 4, "a"), put("a", 2, 3)}, "", true},
 		"one of two": {history{take(1, 4, "a"), take(2, 6, "b"), put("a", 3, 9), put("b", 3, 9)},
 			"", true},
-		"taken twice":   {history{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
-		"not the first": {history{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")}, "a", false},
-		"lost":          {history{put("a", 1, 2), take(3, 4)}, "", false},
-		// A Take that waited in vain begins when its wait ends.
-		"a waiter forgotten":   {history{put("a", 1, 2), take(3, 4)}, "a", false},
+		"taken twice":          {history{put("a", 1, 2), take(3, 6, "a"), take(4, 5, "a")}, "", false},
+		"not the first":        {history{put("a", 1, 2), put("b", 3, 4), take(5, 6, "b")}, "a", false},
+		"lost":                 {history{put("a", 1, 2), take(3, 4)}, "", false},
+		"a waiter forgotten":   {history{put("a", 1, 2), take(3, 4)}, "a", false}, // 3: its wait has ended
 		"taken, and not known": {history{put("a", 1, 2), take(3, 0)}, "", true},
 		"not taken, nor known": {history{put("a", 1, 2), take(3, 0)}, "a", true},
 		"taken before it came": {history{take(1, 2, "a"), put("a", 3, 4)}, "", false},

@@ -226,8 +226,8 @@ func failuresToConnect(t *testing.T) []mistake {
 			fmt.Sprintf("cannot listen on localhost:%s: ", port),
 			"Stop what listens there, or choose another port or path. Port 0 takes a free one."},
 		{"-addr 1 -ping", "cannot connect to localhost:1: ",
-			"Start a server there, or name another"},
-		{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Start a server"},
+			"Nobody listens there. A server that loads"},
+		{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Nobody listens there"},
 
 		{"-addr unix:" + long,
 			"cannot listen on unix:" + long +
@@ -241,14 +241,14 @@ func failuresToConnect(t *testing.T) []mistake {
 		{"-addr unix:/no/such/sock", "cannot listen on unix:/no/such/sock: ",
 			"Nothing was changed. Choose another path"},
 		{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
-			"Start a server there"},
+			"Nobody listens there"},
 
 		{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
-			"Start a server there, or name another"},
+			"Nobody listens there. A server that loads"},
 		{"-addr " + port + " -timeout 500ms -ping",
 			fmt.Sprintf("cannot connect to localhost:%s: no answer for 500ms", port),
 			"Somebody listens there, and does not answer."},
-		{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Start a server"},
+		{"-addr 1 -c -out x Dump", "cannot connect to localhost:1: ", "Nobody listens there"},
 		{"-addr " + port, fmt.Sprintf("cannot listen on localhost:%s: ", port),
 			"Stop what listens there, or choose another port or path."},
 		{"-addr 192.0.2.1:9999", "cannot listen on 192.0.2.1:9999: ",
@@ -265,7 +265,7 @@ func failuresOfTLS(t *testing.T) []mistake {
 
 	return []mistake{
 		{"-addr 1 -tls-ca " + pem("ca.pem") + " -ping", "cannot connect to localhost:1: ",
-			"Start a server"},
+			"Nobody listens there"},
 		{"-addr " + port + " -tls-ca " + pem("ca.pem") + " -timeout 100ms -ping",
 			fmt.Sprintf("cannot connect to localhost:%s: ", port),
 			"Somebody listens there, and does not answer."},

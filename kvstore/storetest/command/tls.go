@@ -45,9 +45,9 @@ func TLS(t *testing.T, program protocol.Program) {
 		prints string
 	}{
 		{flags(dir, dir, "client"), "k:v\n"},
-		{flags(dir, "", ""), "It wants a certificate from its CA that has not ended: give -tls-cert"},
-		{flags(dir, other, "client"), "It wants a certificate from its CA"}, // and this is another's
-		{flags(dir, dir, "expired"), "It wants a certificate from its CA that has not ended"},
+		{flags(dir, "", ""), "It admits only certificates from its own CA that have not ended: look at"},
+		{flags(dir, other, "client"), "It admits only certificates from its own CA"}, // and this is another's
+		{flags(dir, dir, "expired"), "It admits only certificates from its own CA"},
 		{flags(other, dir, "client"), "Somebody answers there."},
 		{nil, "Perhaps it speaks TLS: give the CA"}, // plain text, which gets its answer at once
 	} {
