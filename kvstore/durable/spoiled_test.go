@@ -332,6 +332,7 @@ func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), f
 		starts = append(starts, d.size)
 	}
 	<-time.After(3 * lookTime) // the last frame is vouched for
+	synctest.Wait()            // for the timer, which writes to the file
 
 	// No look sees this, because it is neither the beginning nor the end of the file.
 	b := dir.Names["seg-1.log"].Data[starts[at]:starts[at+1]]
