@@ -650,9 +650,9 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that requests that free room, and are refused on a full disk again and again, ask the disk only
-// ten times a second; that smaller ones are tried; and that they are taken soon after there is room
-// again, at once after a compaction.
+// Ensure that requests that free room, and are refused on a full disk again and again, ask the disk
+// only ten times a second; that smaller ones are tried; and that they are taken soon after there is
+// room again, at once after a compaction.
 func TestRefusedRemovesAskSeldom(t *testing.T) {
 	for _, removes := range []int{1, 1000} { // of a list of 20
 		synctest.Test(t, func(t *testing.T) {

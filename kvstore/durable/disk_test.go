@@ -544,6 +544,7 @@ func TestOverwrittenRealFile(t *testing.T) {
 		}
 		middle := b[d.size/2:][:50]
 		overwrite(middle)
+
 		f, err := os.OpenFile(name, os.O_WRONLY, 0)
 		if err == nil {
 			_, err = f.WriteAt(middle, d.size/2)

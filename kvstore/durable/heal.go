@@ -178,9 +178,9 @@ func (d *Store) lastLook() error {
 	return d.lookForFiles()
 }
 
-// fullLook is lastLook after it has read the current file: all other looks read only the beginning and
-// the end of that file. It takes at most as long as a start takes for one segment. A change in the
-// middle that comes later, while Close writes its last frame, is not seen.
+// fullLook is lastLook after it has read the current file: all other looks read only the beginning
+// and the end of that file. It takes as long as a start takes for one segment. A change in the middle
+// that comes later, while Close writes its last frame, is not seen.
 func (d *Store) fullLook() error {
 	err := d.readBack()
 	if err != nil {

@@ -158,12 +158,13 @@ func TestRotationBesideTheTimer(t *testing.T) {
 			return nil
 		}
 
-		// The timer's first fsync is of the Put, the second of the frame that says that this is on disk.
+		// The timer's first fsync is of the Put, the second of the frame that vouches for it.
 		d.Put("key", "value")
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
 		<-time.After(3 * time.Second / 2)
+
 		mu.Lock()
 		images = nil
 		mu.Unlock()
@@ -173,6 +174,7 @@ func TestRotationBesideTheTimer(t *testing.T) {
 			t.Fatalf("a new file: %v, %v; %d fsyncs of the old one", isNew, err, fsyncs.Load())
 		}
 		d.Close()
+
 		for i, image := range images {
 			wantAll(t, fmt.Sprintf("before call %d of %d", i+1, len(images)), image,
 				map[string][]string{"key": {"value"}})

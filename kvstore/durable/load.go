@@ -152,8 +152,9 @@ var ErrStray = storage.NewError("perhaps somebody else's file is in the data dir
 	"Nothing was changed. If the file is not this store's, take it out, and start again. Otherwise "+
 		"restore a backup, or save what can be saved: kvserver repair DIR NEW")
 
-// perhapsStray returns err, with an ErrStray if the log file called name may be the cause: it is shorter
-// than a header, which no file of a store ever is, or it is another store's, or no regular file.
+// perhapsStray returns err, with an ErrStray if the log file called name may be the cause: it is
+// shorter than a header, which no file of a store ever is, or it is another store's, or no regular
+// file.
 func (s *files) perhapsStray(err error, name string) error {
 	if name == "" {
 		return err

@@ -154,8 +154,9 @@ type refusal struct {
 	until time.Time // the end of its time
 }
 
-// roomToFree is Room for a request that frees room. Shortly after the refusal last, a request that needs
-// as much is refused without asking the disk, which takes many calls, unless there is more room by now.
+// roomToFree is Room for a request that frees room. Shortly after the refusal last, a request that
+// needs as much is refused without asking the disk, which takes many calls, unless the log or SPARE
+// has more room by now.
 func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 	if d.zerosAhead == 0 {
 		return d.dir.RoomFor(need, wanted, true)
@@ -164,6 +165,7 @@ func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 	if need >= last.need && d.room+d.spare.fileSize <= last.room && time.Now().Before(last.until) {
 		return last.why
 	}
+
 	*last = refusal{}
 	err := d.takeRoom(need, wanted)
 	if err != nil {

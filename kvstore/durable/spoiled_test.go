@@ -312,7 +312,9 @@ func TestCloseHealsTheMiddle(t *testing.T) {
 		for _, fsync := range []time.Duration{FsyncAlways, time.Second} {
 			for at := 0; at < 6; at = storetest.Next(at, 2) {
 				where := fmt.Sprintf("%s in frame %d, fsync %v", what, at+1, fsync)
-				synctest.Test(t, func(t *testing.T) { closeHealsTheMiddle(t, where, overwrite, fsync, at) })
+				synctest.Test(t, func(t *testing.T) {
+					closeHealsTheMiddle(t, where, overwrite, fsync, at)
+				})
 			}
 		}
 	}
@@ -369,8 +371,8 @@ func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), f
 	}
 }
 
-// wantAllOrRefused opens what crashes have left. It fails unless each start refuses damage, or holds
-// exactly what want says. It returns how many do.
+// wantAllOrRefused opens what crashes have left. It fails unless each start refuses damage, or
+// holds exactly what want says. It returns how many do.
 func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
 	want map[string][]string) (opened int) {
 	t.Helper()
@@ -382,6 +384,7 @@ func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
 		if err != nil {
 			t.Fatalf("%s: image %d of %d: %v", what, i, len(images), err)
 		}
+
 		if !maps.EqualFunc(maps.Collect(again.All()), want, slices.Equal[[]string]) {
 			t.Errorf("%s: image %d of %d opens with other data", what, i, len(images))
 		}
@@ -391,8 +394,8 @@ func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
 	return opened
 }
 
-// Ensure that Close reads the current file a second time if it cannot be read, and returns an error if
-// that fails, too: somebody may have changed it.
+// Ensure that Close reads the current file a second time if it cannot be read, and returns an error
+// if that fails, too: somebody may have changed it.
 func TestCloseCannotReadTheMiddle(t *testing.T) {
 	for _, fails := range []int{1, 2} {
 		synctest.Test(t, func(t *testing.T) {
@@ -413,12 +416,14 @@ func TestCloseCannotReadTheMiddle(t *testing.T) {
 			}
 			err := d.Close()
 			dir.Before = nil
+
 			if fails == 2 {
 				if !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 					t.Errorf("Close: %v", err)
 				}
 				return
 			}
+
 			if err != nil {
 				t.Errorf("Close: %v", err)
 			}

@@ -265,8 +265,8 @@ func (l *diskLock) again() error {
 	return l.lockNew()
 }
 
-// lockNew locks and signs the LOCK that was just made, unless another process was faster: then that file
-// is the other's. The caller has mu.
+// lockNew locks and signs the LOCK that was just made, unless another process was faster: then that
+// file is the other's. The caller has mu.
 func (l *diskLock) lockNew() error {
 	// InUse of another process may hold it for a moment.
 	old := l.file

@@ -362,6 +362,7 @@ func TestNewLockOfAnother(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer other.Close()
+
 		if err := lock.(*diskLock).lockNew(); !errors.Is(err, ErrLocked) {
 			t.Errorf("it locks another's LOCK: %v", err)
 		}
