@@ -1292,9 +1292,9 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	a Take that      1 KiB, and its key; behind   long keys count as      it does not wait; the rest
 //	waits            a half-close 3 KiB           lines                   counts as data
 //	                                                                      (memoryPerClient)
-//	goroutines       three, and Client            memoryPerClient for     one more client is told
-//	                                              each of -max-clients;   that the server is full
-//	                                              they count as data
+//	goroutines       three, and Client            memoryPerClient each,   one more client is told
+//	                                              as data: half of it     that the server is full
+//	                                              (applyLimits)
 //	TLS handshakes   memoryPerShake               half of the reserve     one more takes the place of
 //	                                                                      another (fewConns), and
 //	                                                                      waits (shaking) until
@@ -1363,6 +1363,10 @@ func (b *budget) shared() int64 { return b.limit - b.reserve }
 func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/inputShare
 }
+
+// clients returns how many clients there may be, of which a quiet one takes perClient bytes: all
+// together count for at most half of what the data may take.
+func (b *budget) clients(perClient int64) int { return int(b.forData() / 2 / perClient) }
 
 // handshakes returns how many TLS handshakes may be under way: at most so many, and as many as fit
 // into half of the reserve.
@@ -1486,11 +1490,15 @@ func (s *keyValueServer) collect() {
 
 // noteMemory tells the budget how many bytes the store and the clients take.
 func (s *keyValueServer) noteMemory() {
-	perClient := memoryPerClient
+	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients))*s.perClient())
+}
+
+// perClient is how many bytes a quiet client takes.
+func (s *keyValueServer) perClient() int64 {
 	if s.tls != nil {
-		perClient += memoryOfTLS
+		return memoryPerClient + memoryOfTLS
 	}
-	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
+	return memoryPerClient
 }
 
 // freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.

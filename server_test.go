@@ -1449,6 +1449,21 @@ func TestMaxClientsAreFewerThanFiles(t *testing.T) {
 	is.Equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
 }
 
+// Ensure that with -max-memory clients count for half of the data's share at most, as the log says.
+func TestMaxClientsLeaveMemory(t *testing.T) {
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(-1))
+	for most, secure := range map[int]*tls.Config{689: nil, 260: new(tls.Config)} {
+		var log bytes.Buffer
+		s := New(kvstore.NewMemory())
+		s.log, s.tls = slog.New(slog.NewTextHandler(&log, nil)), secure
+		for _, asked := range []int{most, most + 1} {
+			applyLimits(s, config{maxClients: asked, maxMemory: 64e6})
+			is.Equal(t, "clients", s.maxClients, most)
+			is.Equal(t, "lines of log", strings.Count(log.String(), "-max-memory has no room"), asked-most)
+		}
+	}
+}
+
 // Ensure that a server that is full counts as healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
