@@ -84,6 +84,7 @@ const (
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
 	maxHandshakes = 1000 // TLS handshakes under way; fewer with few files or little -max-memory
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
+	maxEnded      = 64   // buffers of long lines that are kept for others, if memory is limited
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
 	// Bytes that are read of an HTTP request, or of a client's side of a TLS handshake, at most; and
@@ -275,7 +276,8 @@ func New(db kvstore.KVStore) *keyValueServer {
 
 		budget: budget{maxQueues: defaultMaxQueues, fewKeys: fewKeys,
 			anyLine: semaphore{slots: make(chan struct{}, 1)},
-			freeing: semaphore{slots: make(chan struct{}, 1)}},
+			freeing: semaphore{slots: make(chan struct{}, 1)},
+			ended:   make(chan endedLine, maxEnded)},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
 
 		// Where there are several cores, one is left for workLoop.
@@ -1264,6 +1266,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
 //	                                              (mayHaveSlot) queues    one that hardly comes is
 //	                                              and three lines more    skipped while others wait
+//	lines that have  -                            maxEnded buffers of     a line that has begun
+//	ended                                         forInput (passOn)       takes their memory
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
 //	waits                                         above; long lines       queues, others' long lines
 //	                                              (waitingText) count     wait; if the sum is over
@@ -1328,6 +1332,11 @@ type budget struct {
 
 	// Each has one slot, for a line beyond the share of input: any line, and a line that frees.
 	anyLine, freeing semaphore
+
+	// Buffers of lines that have ended, for others (passOn), and when there was the last one, in Unix
+	// nanoseconds. inputs counts them.
+	ended   chan endedLine
+	endedAt atomic.Int64
 }
 
 // How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but no

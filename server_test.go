@@ -2483,7 +2483,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 	}
 }
 
-// Ensure that long lines that come one behind the other give back their memory when they end.
+// Ensure that long lines in a row give back their memory when they end, or use the same buffers.
 func TestMemoryLimitOfLinesInARow(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const count = 60
@@ -2499,6 +2499,22 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 
 		synctest.Wait()
 		is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
+
+		closeClients(clients)
+		world.Pass(lookTime)
+
+		// From here on the bursts of others have their share. (A connection itself takes 100 kB for a line.)
+		clients = n.DialMany(t, count/2, func(_ int, o *protocol.Client) { o.Ask("Ack", ":OK 0") })
+		b.inputs.Add(b.forBursts())
+		line = []byte("Remove:k:" + strings.Repeat("p", 100*kilo) + "\n")
+		took := allocated(func() {
+			for _, o := range clients {
+				go o.Conn.Write(line)
+				o.Want(":OK 0")
+			}
+		})
+		is.Between(t, "bytes for a line", int(took)/len(clients), 0, len(line)*3/2)
+
 		closeClients(clients)
 	})
 }
@@ -2691,7 +2707,7 @@ func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
 		world.Pass(quietAfter * 5 / 4)
 		for _, c := range []*protocol.Client{first, a} {
 			go c.SendSome(strings.Repeat("v", 5*kilo))
-			synctest.Wait()
+			world.Pass(lookTime * 3 / 2) // it has its slot
 		}
 
 		world.Pass(quietAfter)
