@@ -1326,6 +1326,9 @@ type budget struct {
 	store        atomic.Int64 // store and clients, as workLoop last noted them
 	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
 
+	// The most that ofClients was since the last collection, as far as workLoop looked.
+	mostOfClients atomic.Int64
+
 	// What else was alive after the last collection: most likely values that are pinned and were
 	// removed from the store (removed), and all the rest (other).
 	removed, other atomic.Int64
@@ -1356,10 +1359,11 @@ func (b *budget) limitTo(memory, queues int64) {
 	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
 }
 
-// collected notes that live bytes were alive after a collection. What is pinned takes memory of the
+// collected notes that live bytes were alive at a collection. What clients had then may be free by
+// now, and not counted any more, but it is nothing unknown. What is pinned takes memory of the
 // reserve, up to a half of it, so that no write is refused for it.
 func (b *budget) collected(live int64) {
-	unknown := max(0, live-b.accounted())
+	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
 	removed := min(unknown, b.pinned.Load(), b.reserve/2)
 	b.removed.Store(removed)
 	b.other.Store(unknown - removed)
@@ -1397,10 +1401,9 @@ func (b *budget) forQueues() int64 {
 	return min(b.maxQueues, b.shared()/queuesShare)
 }
 
-// accounted is how many bytes are in use according to the other counts.
-func (b *budget) accounted() int64 {
-	return b.store.Load() + b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() +
-		b.granted.Load()
+// ofClients is how many bytes are in use according to the other counts, except the store's.
+func (b *budget) ofClients() int64 {
+	return b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() + b.granted.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1499,7 +1502,9 @@ func (s *keyValueServer) collect() {
 
 // noteMemory tells the budget how many bytes the store and the clients take.
 func (s *keyValueServer) noteMemory() {
-	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients))*s.perClient())
+	b := &s.budget
+	b.mostOfClients.Store(max(b.mostOfClients.Load(), b.ofClients()))
+	b.store.Store(s.db.Footprint() + int64(len(s.clients))*s.perClient())
 }
 
 // perClient is how many bytes a quiet client takes.

@@ -2045,6 +2045,15 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	is.Between(t, "bytes that are used with 5 kB more", used(), before+15*kilo, before+20*kilo)
 	s.budget.other.Store(0)
 	is.Between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
+
+	// Lines that have ended since the last collection took their share, and nothing of the data's.
+	s.budget.inputs.Store(1 << 20)
+	s.noteMemory()
+	s.budget.inputs.Store(0)
+	for _, unknown := range []int64{0, 1 << 20} {
+		s.budget.collected(s.budget.store.Load() + 1<<20)
+		is.Equal(t, "bytes of unknown use", s.budget.other.Load(), unknown)
+	}
 }
 
 // Ensure that there may be less garbage while replies pin values that were removed, because the two
@@ -2135,7 +2144,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					if isNeeded && used.pinned.Load() > 0 {
 						eighths = 9
 					}
-					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
+					used.collected(used.ofClients() + used.forData()/8*eighths)
 
 					b.Ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / lookTime {
@@ -2172,12 +2181,12 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		for range 3 {
 			world.Pass(slowAfter)
 			is.Equal(t, "clients while there is memory", a.Stat("clients"), 2)
-			used.collected(used.accounted() + used.forData() - used.store.Load())
+			used.collected(used.ofClients() + used.forData())
 			a.Ask("Put:k:v\nPing", ":PONG")
 		}
 
 		// A little more than there is for data.
-		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
+		used.collected(used.ofClients() + used.forData() + 1<<20)
 		a.Ask("Put:k:v\nPing", ":PONG")
 		world.Pass(2 * slowAfter)
 		is.Equal(t, "clients", a.Stat("clients"), 1)
