@@ -1521,18 +1521,19 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 	})
 }
 
+// chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to it.
+func chainOf(s *keyValueServer, spent, cost time.Duration) *Query {
+	c := newClient(1, new(world.Conn), s)
+	c.buffer, c.share = make(chan []byte), share{spent: spent, cost: cost}
+	return &Query{queryType: get, client: c, key: "k"}
+}
+
 // Ensure that the chain of a client that has had more time than others waits for theirs, if some may
 // come behind it, and that another chain runs as it comes.
 func TestTurnsInOrderOfTime(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.round.begin()
-	chain := func(spent time.Duration) *Query {
-		c := newClient(1, new(world.Conn), s)
-		c.share = share{spent: spent, cost: time.Microsecond}
-		return &Query{queryType: get, client: c, key: "k"}
-	}
-
-	much, little := chain(s.floor+maxLead), chain(s.floor)
+	much, little := chainOf(s, s.floor+maxLead, time.Microsecond), chainOf(s, s.floor, time.Microsecond)
 	s.queries <- little
 	s.schedule(much)
 	s.schedule(<-s.queries)
@@ -1540,6 +1541,20 @@ func TestTurnsInOrderOfTime(t *testing.T) {
 	if len(s.turns) != 1 || s.turns[0] != much.client || !slices.Equal(s.batch, []*Query{little}) {
 		t.Errorf("%d chains wait, and %d ran", len(s.turns), len(s.batch))
 	}
+}
+
+// Ensure that of many quiet clients that wake in turn, beside a heavy one, none is far ahead of it.
+func TestTurnsOfManyThatWake(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	heavy, last := chainOf(s, s.floor, longTime), (*Query)(nil)
+	s.lineUp(heavy, heavy)
+	for range 1000 {
+		last = chainOf(s, 1, 0)
+		s.round.over = true // so that it has to wait for its turn
+		s.schedule(last)
+		s.runBatch(nil)
+	}
+	is.Between(t, "the time that it is ahead", heavy.client.share.spent-last.client.share.spent, 0, maxRound)
 }
 
 // Ensure that a turn is short only while requests take long.
