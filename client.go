@@ -243,6 +243,7 @@ func (c *Client) readFromClient() {
 	isAnswered := c.await()
 	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, granted: c.in.granted}
 	c.countInput()
+	c.server.budget.giveUpEnded()
 	if isAnswered {
 		c.tellLoss()
 	}
@@ -713,8 +714,7 @@ func (c *Client) resizeInput() bool {
 		if !c.mayTakeWait() { // such a Take has memory of its own
 			c.await()
 		}
-		in.lent, in.queries = nil, nil
-		c.countInput()
+		c.passOn()
 	}
 
 	switch next := min(8*size, burstSize); {
@@ -737,6 +737,7 @@ func (c *Client) resizeInput() bool {
 			if !c.acquireForLine(size) && !c.awaitLineMemory(size) {
 				return false
 			}
+			size = max(size, len(in.buf)) // another line's buffer may be larger
 		}
 	}
 
@@ -756,16 +757,78 @@ func (c *Client) acquireInput(size, queries int, most int64) bool {
 	return true
 }
 
-// acquireForLine is acquireInput for the begun line.
+// acquireForLine is acquireInput for the begun line. Rather than new memory, the line gets another
+// one's buffer, if that has ended.
 func (c *Client) acquireForLine(size int) bool {
 	b := &c.server.budget
-	return b.mayTakeLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
+	for {
+		select {
+		case ended := <-b.ended:
+			if c.takeOver(ended, size) {
+				return true
+			}
+		default:
+			return b.mayTakeLines() && c.acquireInput(size, cap(c.in.queries), b.forInput())
+		}
+	}
+}
+
+// endedLine is the buffer of a long line that has ended, for another long line of any client. To
+// make one for each line would make much garbage.
+type endedLine struct {
+	buf     []byte
+	counted int64 // its bytes that stay counted in budget.inputs
+}
+
+// passOn gives up the memory of the long line that has ended, and of its chain. Others may have the
+// buffer, unless inputs have more than their share.
+func (c *Client) passOn() {
+	in, b := &c.in, &c.server.budget
+	ended := endedLine{in.lent, min(in.counted, int64(len(in.lent)))}
+	in.lent, in.queries = nil, nil
+
+	if len(ended.buf) > grantedSize && b.inputs.Load() <= b.forInput() {
+		select {
+		case b.ended <- ended:
+			in.counted -= ended.counted
+			b.endedAt.Store(time.Now().UnixNano())
+		default:
+		}
+	}
+	c.countInput()
+}
+
+// takeOver makes the buffer of ended buf, if it has size bytes and long lines may get memory.
+// Otherwise it gives the buffer up.
+func (c *Client) takeOver(ended endedLine, size int) bool {
+	in, b := &c.in, &c.server.budget
+	if len(ended.buf) < size || !b.mayTakeLines() {
+		b.inputs.Add(-ended.counted)
+		return false
+	}
+
+	copy(ended.buf, in.buf[:in.pending])
+	in.buf, in.filled = ended.buf, false
+	in.counted += ended.counted
+	c.countInput()
+	return true
+}
+
+// giveUpEnded gives up the buffer of one line that has ended. Each client calls it when it becomes
+// quiet and when it goes, so no more of them are kept than there are clients that use them.
+func (b *budget) giveUpEnded() {
+	select {
+	case ended := <-b.ended:
+		b.inputs.Add(-ended.counted)
+	default:
+	}
 }
 
 // awaitLineMemory waits until buf may have size bytes for the begun line. What a line may take:
 //
 //   - like a burst, a part of half of forInput (resizeInput);
 //   - a part of all of forInput, while the lines whose replies wait are not too much (mayTakeLines);
+//   - a buffer of that part, from a line that has ended (passOn);
 //   - whatever it needs, if it has the only slot of anyLine: without this slot all lines, each of them
 //     read by half, could wait for each other for ever;
 //   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
@@ -787,17 +850,22 @@ func (c *Client) awaitLineMemory(size int) bool {
 		defer b.freeing.waiting.Add(-1)
 	}
 
-	// Nobody tells when there is memory again, so this looks now and then.
-	for !in.lineSlot.taken && !c.acquireForLine(size) {
+	// While other lines end, the buffer of one comes soon, and a slot would make more garbage.
+	isSoon := time.Now().UnixNano()-b.endedAt.Load() < int64(lookTime)
+
+	// Nobody tells when there is other memory again, so this looks now and then.
+	for ; len(in.buf) < size && !in.lineSlot.taken && !c.acquireForLine(size); isSoon = false {
 		var anyLine, freeing chan struct{} // nil: not now
-		if c.mayHaveSlot(&b.anyLine) {
+		if !isSoon && c.mayHaveSlot(&b.anyLine) {
 			anyLine = b.anyLine.slots
 		}
-		if c.mayHaveSlot(&b.freeing) {
+		if !isSoon && c.mayHaveSlot(&b.freeing) {
 			freeing = b.freeing.slots
 		}
 
 		select {
+		case ended := <-b.ended:
+			c.takeOver(ended, size)
 		case anyLine <- struct{}{}:
 			in.lineSlot = slot{of: &b.anyLine, taken: true}
 		case freeing <- struct{}{}:
@@ -870,6 +938,9 @@ func (c *Client) shrinkInput() {
 		size *= 8
 	}
 
+	if size == quietSize {
+		c.server.budget.giveUpEnded()
+	}
 	if size < burstSize {
 		in.lent, in.queries = nil, nil
 	}

@@ -815,7 +815,8 @@ func listenProblem(name, addr string, err error) error {
 	return problem(fmt.Sprintf("cannot listen on %s: %v", addr, err), todo)
 }
 
-// applyLimits gives s the limits that c asks for, as far as the process may open so many files.
+// applyLimits gives s the limits that c asks for, as far as the process may open so many files, and
+// -max-memory is enough for so many clients.
 func applyLimits(s *keyValueServer, c config) {
 	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
 	s.budget.limitTo(c.maxMemory, c.maxQueues)
@@ -840,12 +841,16 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= s.handshakes
 	}
 
-	// The rest is for clients. The log says so if it is less than -max-clients.
-	if s.maxClients = min(c.maxClients, files); s.maxClients < c.maxClients {
+	// The rest is for clients, as far as there is memory for them. The log says so if it is less than
+	// -max-clients.
+	most, why := files, "the process may not open more files; raise the limit with ulimit -n"
+	if n := s.budget.clients(s.perClient()); c.maxMemory > 0 && n < most {
+		most, why = n, "-max-memory has no room for more, beside the data; raise it, or ask for fewer"
+	}
+	if s.maxClients = min(c.maxClients, most); s.maxClients < c.maxClients {
 		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: the process may not open more files; raise the "+
-			"limit with ulimit -n", "max_clients", s.maxClients, "asked", c.maxClients,
-			"files", storage.OpenFiles())
+		s.log.Warn("fewer clients than asked for: "+why, "max_clients", s.maxClients,
+			"asked", c.maxClients, "files", storage.OpenFiles())
 	}
 }
 

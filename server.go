@@ -84,6 +84,7 @@ const (
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
 	maxHandshakes = 1000 // TLS handshakes under way; fewer with few files or little -max-memory
 	maxSnapshots  = 4    // snapshots at a time, for Keys and Dump
+	maxEnded      = 64   // buffers of long lines that are kept for others, if memory is limited
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
 	// Bytes that are read of an HTTP request, or of a client's side of a TLS handshake, at most; and
@@ -275,7 +276,8 @@ func New(db kvstore.KVStore) *keyValueServer {
 
 		budget: budget{maxQueues: defaultMaxQueues, fewKeys: fewKeys,
 			anyLine: semaphore{slots: make(chan struct{}, 1)},
-			freeing: semaphore{slots: make(chan struct{}, 1)}},
+			freeing: semaphore{slots: make(chan struct{}, 1)},
+			ended:   make(chan endedLine, maxEnded)},
 		snapshots: semaphore{slots: make(chan struct{}, maxSnapshots)},
 
 		// Where there are several cores, one is left for workLoop.
@@ -1264,6 +1266,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
 //	                                              (mayHaveSlot) queues    one that hardly comes is
 //	                                              and three lines more    skipped while others wait
+//	lines that have  -                            maxEnded buffers of     a line that has begun
+//	ended                                         forInput (passOn)       takes their memory
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
 //	waits                                         above; long lines       queues, others' long lines
 //	                                              (waitingText) count     wait; if the sum is over
@@ -1292,9 +1296,9 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	a Take that      1 KiB, and its key; behind   long keys count as      it does not wait; the rest
 //	waits            a half-close 3 KiB           lines                   counts as data
 //	                                                                      (memoryPerClient)
-//	goroutines       three, and Client            memoryPerClient for     one more client is told
-//	                                              each of -max-clients;   that the server is full
-//	                                              they count as data
+//	goroutines       three, and Client            memoryPerClient each,   one more client is told
+//	                                              as data: half of it     that the server is full
+//	                                              (applyLimits)
 //	TLS handshakes   memoryPerShake               half of the reserve     one more takes the place of
 //	                                                                      another (fewConns), and
 //	                                                                      waits (shaking) until
@@ -1322,12 +1326,20 @@ type budget struct {
 	store        atomic.Int64 // store and clients, as workLoop last noted them
 	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
 
+	// The most that ofClients was since the last collection, as far as workLoop looked.
+	mostOfClients atomic.Int64
+
 	// What else was alive after the last collection: most likely values that are pinned and were
 	// removed from the store (removed), and all the rest (other).
 	removed, other atomic.Int64
 
 	// Each has one slot, for a line beyond the share of input: any line, and a line that frees.
 	anyLine, freeing semaphore
+
+	// Buffers of lines that have ended, for others (passOn), and when there was the last one, in Unix
+	// nanoseconds. inputs counts them.
+	ended   chan endedLine
+	endedAt atomic.Int64
 }
 
 // How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but no
@@ -1347,10 +1359,11 @@ func (b *budget) limitTo(memory, queues int64) {
 	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
 }
 
-// collected notes that live bytes were alive after a collection. What is pinned takes memory of the
+// collected notes that live bytes were alive at a collection. What clients had then may be free by
+// now, and not counted any more, but it is nothing unknown. What is pinned takes memory of the
 // reserve, up to a half of it, so that no write is refused for it.
 func (b *budget) collected(live int64) {
-	unknown := max(0, live-b.accounted())
+	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
 	removed := min(unknown, b.pinned.Load(), b.reserve/2)
 	b.removed.Store(removed)
 	b.other.Store(unknown - removed)
@@ -1363,6 +1376,10 @@ func (b *budget) shared() int64 { return b.limit - b.reserve }
 func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/inputShare
 }
+
+// clients returns how many clients there may be, of which a quiet one takes perClient bytes: all
+// together count for at most half of what the data may take.
+func (b *budget) clients(perClient int64) int { return int(b.forData() / 2 / perClient) }
 
 // handshakes returns how many TLS handshakes may be under way: at most so many, and as many as fit
 // into half of the reserve.
@@ -1384,10 +1401,9 @@ func (b *budget) forQueues() int64 {
 	return min(b.maxQueues, b.shared()/queuesShare)
 }
 
-// accounted is how many bytes are in use according to the other counts.
-func (b *budget) accounted() int64 {
-	return b.store.Load() + b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() +
-		b.granted.Load()
+// ofClients is how many bytes are in use according to the other counts, except the store's.
+func (b *budget) ofClients() int64 {
+	return b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() + b.granted.Load()
 }
 
 // data is about how many bytes of forData are in use.
@@ -1486,11 +1502,17 @@ func (s *keyValueServer) collect() {
 
 // noteMemory tells the budget how many bytes the store and the clients take.
 func (s *keyValueServer) noteMemory() {
-	perClient := memoryPerClient
+	b := &s.budget
+	b.mostOfClients.Store(max(b.mostOfClients.Load(), b.ofClients()))
+	b.store.Store(s.db.Footprint() + int64(len(s.clients))*s.perClient())
+}
+
+// perClient is how many bytes a quiet client takes.
+func (s *keyValueServer) perClient() int64 {
 	if s.tls != nil {
-		perClient += memoryOfTLS
+		return memoryPerClient + memoryOfTLS
 	}
-	s.budget.store.Store(s.db.Footprint() + int64(len(s.clients)*perClient))
+	return memoryPerClient
 }
 
 // freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.

@@ -1465,6 +1465,21 @@ func TestMaxClientsAreFewerThanFiles(t *testing.T) {
 	is.Equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
 }
 
+// Ensure that with -max-memory clients count for half of the data's share at most, as the log says.
+func TestMaxClientsLeaveMemory(t *testing.T) {
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(-1))
+	for most, secure := range map[int]*tls.Config{689: nil, 260: new(tls.Config)} {
+		var log bytes.Buffer
+		s := New(kvstore.NewMemory())
+		s.log, s.tls = slog.New(slog.NewTextHandler(&log, nil)), secure
+		for _, asked := range []int{most, most + 1} {
+			applyLimits(s, config{maxClients: asked, maxMemory: 64e6})
+			is.Equal(t, "clients", s.maxClients, most)
+			is.Equal(t, "lines of log", strings.Count(log.String(), "-max-memory has no room"), asked-most)
+		}
+	}
+}
+
 // Ensure that a server that is full counts as healthy.
 func TestMaxClientsAndPing(t *testing.T) {
 	t.Parallel()
@@ -1522,18 +1537,19 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 	})
 }
 
+// chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to it.
+func chainOf(s *keyValueServer, spent, cost time.Duration) *Query {
+	c := newClient(1, new(world.Conn), s)
+	c.buffer, c.share = make(chan []byte), share{spent: spent, cost: cost}
+	return &Query{queryType: get, client: c, key: "k"}
+}
+
 // Ensure that the chain of a client that has had more time than others waits for theirs, if some may
 // come behind it, and that another chain runs as it comes.
 func TestTurnsInOrderOfTime(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.round.begin()
-	chain := func(spent time.Duration) *Query {
-		c := newClient(1, new(world.Conn), s)
-		c.share = share{spent: spent, cost: time.Microsecond}
-		return &Query{queryType: get, client: c, key: "k"}
-	}
-
-	much, little := chain(s.floor+maxLead), chain(s.floor)
+	much, little := chainOf(s, s.floor+maxLead, time.Microsecond), chainOf(s, s.floor, time.Microsecond)
 	s.queries <- little
 	s.schedule(much)
 	s.schedule(<-s.queries)
@@ -1541,6 +1557,20 @@ func TestTurnsInOrderOfTime(t *testing.T) {
 	if len(s.turns) != 1 || s.turns[0] != much.client || !slices.Equal(s.batch, []*Query{little}) {
 		t.Errorf("%d chains wait, and %d ran", len(s.turns), len(s.batch))
 	}
+}
+
+// Ensure that of many quiet clients that wake in turn, beside a heavy one, none is far ahead of it.
+func TestTurnsOfManyThatWake(t *testing.T) {
+	s := New(kvstore.NewMemory())
+	heavy, last := chainOf(s, s.floor, longTime), (*Query)(nil)
+	s.lineUp(heavy, heavy)
+	for range 1000 {
+		last = chainOf(s, 1, 0)
+		s.round.over = true // so that it has to wait for its turn
+		s.schedule(last)
+		s.runBatch(nil)
+	}
+	is.Between(t, "the time that it is ahead", heavy.client.share.spent-last.client.share.spent, 0, maxRound)
 }
 
 // Ensure that a turn is short only while requests take long.
@@ -2046,6 +2076,15 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	is.Between(t, "bytes that are used with 5 kB more", used(), before+15*kilo, before+20*kilo)
 	s.budget.other.Store(0)
 	is.Between(t, "bytes that are used with nothing else alive", used(), before, before+10*kilo)
+
+	// Lines that have ended since the last collection took their share, and nothing of the data's.
+	s.budget.inputs.Store(1 << 20)
+	s.noteMemory()
+	s.budget.inputs.Store(0)
+	for _, unknown := range []int64{0, 1 << 20} {
+		s.budget.collected(s.budget.store.Load() + 1<<20)
+		is.Equal(t, "bytes of unknown use", s.budget.other.Load(), unknown)
+	}
 }
 
 // Ensure that there may be less garbage while replies pin values that were removed, because the two
@@ -2136,7 +2175,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					if isNeeded && used.pinned.Load() > 0 {
 						eighths = 9
 					}
-					used.collected(used.accounted() + used.forData()/8*eighths - used.store.Load())
+					used.collected(used.ofClients() + used.forData()/8*eighths)
 
 					b.Ask("Put:k:v\nPing", ":PONG")
 					for range slowAfter / lookTime {
@@ -2173,12 +2212,12 @@ func TestMemoryLimitBesideADump(t *testing.T) {
 		for range 3 {
 			world.Pass(slowAfter)
 			is.Equal(t, "clients while there is memory", a.Stat("clients"), 2)
-			used.collected(used.accounted() + used.forData() - used.store.Load())
+			used.collected(used.ofClients() + used.forData())
 			a.Ask("Put:k:v\nPing", ":PONG")
 		}
 
 		// A little more than there is for data.
-		used.collected(used.accounted() + used.forData() - used.store.Load() + 1<<20)
+		used.collected(used.ofClients() + used.forData() + 1<<20)
 		a.Ask("Put:k:v\nPing", ":PONG")
 		world.Pass(2 * slowAfter)
 		is.Equal(t, "clients", a.Stat("clients"), 1)
@@ -2484,7 +2523,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 	}
 }
 
-// Ensure that long lines that come one behind the other give back their memory when they end.
+// Ensure that long lines in a row give back their memory when they end, or use the same buffers.
 func TestMemoryLimitOfLinesInARow(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const count = 60
@@ -2500,6 +2539,22 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 
 		synctest.Wait()
 		is.Between(t, "bytes of input", n.inputs(), 0, b.forInput()+count*17*kilo)
+
+		closeClients(clients)
+		world.Pass(lookTime)
+
+		// From here on the bursts of others have their share. (A connection itself takes 100 kB for a line.)
+		clients = n.DialMany(t, count/2, func(_ int, o *protocol.Client) { o.Ask("Ack", ":OK 0") })
+		b.inputs.Add(b.forBursts())
+		line = []byte("Remove:k:" + strings.Repeat("p", 100*kilo) + "\n")
+		took := allocated(func() {
+			for _, o := range clients {
+				go o.Conn.Write(line)
+				o.Want(":OK 0")
+			}
+		})
+		is.Between(t, "bytes for a line", int(took)/len(clients), 0, len(line)*3/2)
+
 		closeClients(clients)
 	})
 }
@@ -2692,7 +2747,7 @@ func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
 		world.Pass(quietAfter * 5 / 4)
 		for _, c := range []*protocol.Client{first, a} {
 			go c.SendSome(strings.Repeat("v", 5*kilo))
-			synctest.Wait()
+			world.Pass(lookTime * 3 / 2) // it has its slot
 		}
 
 		world.Pass(quietAfter)
