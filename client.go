@@ -160,7 +160,7 @@ type Client struct {
 	parked *list.Element // the client's waiting Take in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
-	// Owned by readFromClient. When it departs, it leaves in.came to writeToClient, and reason to
+	// Owned by readFromClient. When it departs, it leaves in.newBytes to writeToClient, and reason to
 	// workLoop.
 	in        input
 	underWay  bool      // a chain was sent, and readFromClient has not waited for it yet (await)
@@ -241,7 +241,7 @@ func (c *Client) readFromClient() {
 	c.in.pending = 0
 	c.resizeBuf(0)
 	isAnswered := c.await()
-	c.in = input{line: c.in.line, came: c.in.came, counted: c.in.counted, granted: c.in.granted}
+	c.in = input{line: c.in.line, newBytes: c.in.newBytes, counted: c.in.counted, granted: c.in.granted}
 	c.countInput()
 	c.server.budget.giveUpEnded()
 	if isAnswered {
@@ -279,7 +279,7 @@ type input struct {
 	ticking     bool          // a read deadline is set
 	begunAtTick bool          // the begun line was there when the deadline was set
 	hardlyCame  bool          // the begun line hardly came in the last tick
-	came        int           // bytes read since the last tick
+	newBytes    int           // bytes read since the last tick
 	lineTook    time.Duration // how long the begun line has been read
 }
 
@@ -304,13 +304,13 @@ func (c *Client) readLines() (burst string, err error) {
 	n, err := c.connection.Read(space)
 
 	if n > 0 {
-		in.came += n
+		in.newBytes += n
 
 		// A TLS client sends its hello first, and no line in that may be run.
 		if in.line == 0 && in.buf[0] == tlsHandshake && c.isPlain() {
 			in.line = 1
 			c.answerFault("this port speaks no TLS")
-			c.end(speaksTLS)
+			c.setReason(speaksTLS)
 			return "", nil
 		}
 
@@ -428,7 +428,7 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 
 		// Some lines are the connection's last.
 		if q.queryType == quit {
-			c.end(itQuit)
+			c.setReason(itQuit)
 		}
 		if !in.hadLine && q.queryType == malformed {
 			c.endIfForeign(q, line, isLong)
@@ -455,13 +455,13 @@ func (c *Client) endIfForeign(q *Query, line string, isLong bool) {
 	switch {
 	case isLong && begun(line) != malformed: // a request that is too long
 	case isLong:
-		c.end(speaksNothing)
+		c.setReason(speaksNothing)
 	case isHTTP(line):
 		q.queryType, q.args[0] = foreign, badRequest
-		c.end(speaksHTTP)
+		c.setReason(speaksHTTP)
 	case isRESP(line):
 		q.queryType, q.args[0] = foreign, badRESP
-		c.end(speaksRESP)
+		c.setReason(speaksRESP)
 	}
 }
 
@@ -536,7 +536,7 @@ func (c *Client) await() bool {
 	if c.underWay {
 		c.underWay = false
 		if c.awaitDone() == nil {
-			c.end("the store failed")
+			c.setReason("the store failed")
 			return false
 		}
 	}
@@ -653,7 +653,7 @@ func (c *Client) tick() error {
 		}
 	}
 
-	in.ticking, in.came = false, 0
+	in.ticking, in.newBytes = false, 0
 	return nil
 }
 
@@ -666,7 +666,7 @@ func (in *input) givesWay(b *budget) bool {
 	if in.isFreeing() && b.freeing.waiting.Load() == 0 {
 		least = 1
 	}
-	in.hardlyCame = in.pending >= grantedSize && in.came < least
+	in.hardlyCame = in.pending >= grantedSize && in.newBytes < least
 	return hardlyCameBefore && in.hardlyCame && b.anyLine.waiting.Load() > 0
 }
 
@@ -872,7 +872,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 			in.lineSlot = slot{of: &b.freeing, taken: true}
 		case <-time.After(lookTime):
 		case <-c.server.closeSignal:
-			c.end(weClose)
+			c.setReason(weClose)
 			return false
 		}
 
@@ -883,7 +883,7 @@ func (c *Client) awaitLineMemory(size int) bool {
 	}
 
 	// Nothing was read meanwhile, so a whole tick begins.
-	in.ticking, in.hardlyCame, in.came = false, false, 0
+	in.ticking, in.hardlyCame, in.newBytes = false, false, 0
 	return true
 }
 
@@ -934,7 +934,7 @@ func (c *Client) shrinkInput() {
 
 	// The smallest size that would have been enough.
 	size := quietSize
-	for size <= max(in.came, in.pending) {
+	for size <= max(in.newBytes, in.pending) {
 		size *= 8
 	}
 
@@ -963,8 +963,8 @@ const (
 	speaksNothing = "its first line is too long, and none of our requests"
 )
 
-// end notes why nothing more is read. The first reason stays.
-func (c *Client) end(why string) {
+// setReason notes why nothing more is read. The first reason stays.
+func (c *Client) setReason(why string) {
 	if c.reason == "" {
 		c.reason = why
 	}
@@ -982,7 +982,7 @@ func (c *Client) skipLine(why string) {
 	in.line++
 	c.answerFault(why)
 	if !isOurs {
-		c.end(speaksNothing)
+		c.setReason(speaksNothing)
 	}
 }
 
@@ -1023,10 +1023,10 @@ func (c *Client) endInput(err error) {
 				c.answerFault("the last line has no newline at its end, so it was not run")
 			}
 		}
-		c.end(itClosed)
+		c.setReason(itClosed)
 
 	case c.server.isClosing(): // which is why Read ended
-		c.end(weClose)
+		c.setReason(weClose)
 
 	// A line that is being skipped was counted and answered when that began.
 	case err == errUnended && !in.skipping:
@@ -1035,7 +1035,7 @@ func (c *Client) endInput(err error) {
 	}
 
 	// This is the reason if there was none before.
-	c.end(err.Error())
+	c.setReason(err.Error())
 }
 
 // tellLoss tells a client that leaves how many replies it lost since its last PONG. No chain is
@@ -1103,7 +1103,7 @@ func (c *Client) list(q *Query) {
 	switch {
 	case l.place.acquire(stop):
 	case c.server.isClosing():
-		c.end(weClose)
+		c.setReason(weClose)
 		return
 	default:
 		q.refuse(tooLongNow)
@@ -1208,7 +1208,7 @@ func (l *listing) awaitKeysMemory() bool {
 			select {
 			case <-time.After(lookTime):
 			case <-l.client.server.closeSignal:
-				l.client.end(weClose)
+				l.client.setReason(weClose)
 				return false
 			}
 		}
@@ -1379,7 +1379,7 @@ func (l *listing) mustStop(n int) bool {
 	if n < l.client.server.partKeys || !l.client.server.isClosing() {
 		return false
 	}
-	l.client.end(weClose)
+	l.client.setReason(weClose)
 	return true
 }
 
@@ -1404,7 +1404,7 @@ type outbox struct {
 	slow        bool     // the latest word from progress was false
 	listing     *listing // the Keys or Dump that is being answered; nil: none is
 	next        *Query   // the first query whose reply is not formatted yet
-	left        int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	unformatted int      // bytes still to be formatted, at most, by which newMessage chooses a size
 	piece       int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
 	claimed     int64    // bytes of the reply in hand that count as queued before they are
 	waitingText int64    // bytes of the chain's buffer beyond a short burst's (sendOf); 0: none
@@ -1559,9 +1559,9 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 
 			// While few messages wait, this one may also hold the replies that follow.
 			if shared = len(o.client.buffer) < maxShared; shared {
-				o.left = left
+				o.unformatted = left
 			} else {
-				o.left = q.size
+				o.unformatted = q.size
 			}
 			msg = o.firstMessage(q)
 		}
@@ -1710,7 +1710,7 @@ func (o *outbox) uncount(q *Query) {
 
 // queue sends msg to writeToClient. There must be room for it.
 func (o *outbox) queue(msg []byte) {
-	o.left -= len(msg)
+	o.unformatted -= len(msg)
 
 	// The claimed bytes are counted already.
 	used := min(o.claimed, int64(len(msg)))
@@ -1873,7 +1873,7 @@ var (
 // client keeps up, or if the message fills one of large, it borrows memory of a fixed size (chunks,
 // large). Any other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
-	size := min(o.left, o.piece)
+	size := min(o.unformatted, o.piece)
 
 	// Memory that is used again has one of two sizes.
 	switch keepsUp := len(o.client.buffer) == 0; {
@@ -1978,7 +1978,7 @@ func (c *Client) drainInput() {
 	for left, quiet := drainTime, time.Duration(0); left > 0; {
 		// How long the client may be silent.
 		silence := drainTime
-		if c.server.isClosing() && c.in.came == 0 && c.paced.timeToRead(time.Now()) <= busyTime {
+		if c.server.isClosing() && c.in.newBytes == 0 && c.paced.timeToRead(time.Now()) <= busyTime {
 			silence = busyTime
 		}
 		if quiet >= silence {

@@ -124,7 +124,7 @@ type verb struct {
 	shrinks func(q *Query, db kvstore.Store) bool
 
 	head, separator string // of each line with a value: before the key, and between key and value
-	end             ending // of the reply
+	ending          ending // of the reply
 	mayDrop         bool   // a slow reader may lose the reply
 	tells           bool   // the reply's end is what the client asks for, so -c shows it
 	tellsNone       bool   // -c shows an end of ":OK 0": there is no such key
@@ -253,7 +253,7 @@ var verbs = [queryTypes]verb{
 
 	count: {name: "Count", form: "Count:key", needs: needsKey,
 		does:  "answers :OK n: how many values the key has",
-		parse: parseKey, effect: reads, end: endOK, tells: true,
+		parse: parseKey, effect: reads, ending: endOK, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) { q.n = db.Count(q.key) }},
 
 	expire: {name: "Expire", form: "Expire:key:seconds",
@@ -271,34 +271,34 @@ var verbs = [queryTypes]verb{
 
 	ping: {name: "Ping", form: "Ping:token",
 		does:  "answers :PONG token when all before it is done",
-		parse: parseToken, end: endPong, tells: true},
+		parse: parseToken, ending: endPong, tells: true},
 
 	stats: {name: "Stats", form: "Stats", needs: "nothing behind it",
-		does: "the server's counters", separator: ": ", end: endOK},
+		does: "the server's counters", separator: ": ", ending: endOK},
 
 	keys: {name: "Keys", form: "Keys:prefix",
 		needs: "nothing behind it or a prefix, without a colon in it",
 		does:  "the keys (that begin with prefix), as : key lines",
-		parse: parsePrefix, lists: true, run: runList, separator: ": ", end: endFollow},
+		parse: parsePrefix, lists: true, run: runList, separator: ": ", ending: endFollow},
 
 	dump: {name: "Dump", form: "Dump:prefix",
 		needs: "nothing behind it or a prefix, without a colon in it",
 		does:  "all (of keys with prefix), as : Put: and : Expire: lines",
-		parse: parsePrefix, lists: true, run: runList, end: endFollow},
+		parse: parsePrefix, lists: true, run: runList, ending: endFollow},
 
 	help: {name: "Help", form: "Help", needs: "nothing behind it", does: "this list; also: ?",
-		separator: ": ", end: endOK},
+		separator: ": ", ending: endOK},
 
 	quit: {name: "Quit", form: "Quit", needs: "nothing behind it",
 		does: "close the connection; also: exit"},
 
-	malformed: {end: endError, mayDrop: true},
-	foreign:   {end: endForeign},
-	timeLeft:  {effect: reads, run: runTimeLeft, separator: ": ", end: endOK},
-	pair:      {head: ": Put:", separator: ":", end: endFollow},
-	pairTime:  {head: ": Expire:", separator: ":", end: endFollow},
-	listEnd:   {end: endOK},
-	lastWord:  {end: endError},
+	malformed: {ending: endError, mayDrop: true},
+	foreign:   {ending: endForeign},
+	timeLeft:  {effect: reads, run: runTimeLeft, separator: ": ", ending: endOK},
+	pair:      {head: ": Put:", separator: ":", ending: endFollow},
+	pairTime:  {head: ": Expire:", separator: ":", ending: endFollow},
+	listEnd:   {ending: endOK},
+	lastWord:  {ending: endError},
 }
 
 // row returns the row of q's queryType.
@@ -853,7 +853,7 @@ func (q *Query) replySize(acked bool) (size int) {
 
 // endSize is how many bytes the last line of q's reply takes, at most; 0 if it has none.
 func (q *Query) endSize(acked bool) int {
-	switch end := q.row().end; {
+	switch end := q.row().ending; {
 	case end == endFollow || end == endAcked && !acked:
 		return 0
 	case end > endOK:
@@ -868,7 +868,7 @@ func (q *Query) endSize(acked bool) int {
 
 // appendEnd appends the last line of q's reply, if it has one.
 func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
-	switch q.row().end {
+	switch q.row().ending {
 	case endFollow:
 		return b
 	case endAcked:

@@ -177,7 +177,7 @@ type keyValueServer struct {
 	oneCall     chan struct{} // holds one token; the API call that took it owns closed
 
 	// Owned by the API call that holds the token of oneCall.
-	closed bool // Close was called
+	closeCalled bool // Close was called
 
 	// Any goroutine may use these.
 	commits     storage.Histogram // seconds that each Commit took, if the store is not in memory
@@ -309,7 +309,7 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	defer func() { s.oneCall <- struct{}{} }()
 
 	switch {
-	case s.closed:
+	case s.closeCalled:
 		return errClosed
 	case isClosed(s.serving):
 		return errStarted
@@ -387,8 +387,8 @@ func (s *keyValueServer) Failed() <-chan error { return s.failed }
 // when no goroutine uses a client or the store any more: the store is the caller's again.
 func (s *keyValueServer) Close() {
 	<-s.oneCall
-	if !s.closed {
-		s.closed = true
+	if !s.closeCalled {
+		s.closeCalled = true
 		close(s.closeSignal)
 		closeAll(s.listeners)
 	}
@@ -516,8 +516,8 @@ type fewConns struct {
 // guest is a connection that was accepted by fewConns. It has a place there until it leaves.
 type guest struct {
 	net.Conn
-	came atomic.Int64 // bytes
-	left atomic.Bool  // it has no place any more
+	received atomic.Int64 // bytes
+	hasLeft  atomic.Bool  // it has no place any more
 }
 
 // Accept waits for a connection, and closes another one if there is no place for it.
@@ -529,12 +529,12 @@ func (f *fewConns) Accept() (net.Conn, error) {
 
 	// If all places are taken, free those of the connections that have left.
 	if len(f.guests) == f.most {
-		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.left.Load() })
+		f.guests = slices.DeleteFunc(f.guests, func(g *guest) bool { return g.hasLeft.Load() })
 	}
 
 	// If no place was free, close the oldest that has sent nothing, or else the oldest.
 	if len(f.guests) == f.most {
-		i := slices.IndexFunc(f.guests, func(g *guest) bool { return g.came.Load() == 0 })
+		i := slices.IndexFunc(f.guests, func(g *guest) bool { return g.received.Load() == 0 })
 		f.guests[max(i, 0)].Close()
 		f.guests = slices.Delete(f.guests, max(i, 0), max(i, 0)+1)
 	}
@@ -545,11 +545,11 @@ func (f *fewConns) Accept() (net.Conn, error) {
 }
 
 // leave gives up the place. It reports whether the guest still had one.
-func (g *guest) leave() bool { return g.left.CompareAndSwap(false, true) }
+func (g *guest) leave() bool { return g.hasLeft.CompareAndSwap(false, true) }
 
 // Read reads, and fails once more than guestMost bytes have come.
 func (g *guest) Read(p []byte) (n int, err error) {
-	if n, err = g.Conn.Read(p); g.came.Add(int64(n)) > guestMost {
+	if n, err = g.Conn.Read(p); g.received.Add(int64(n)) > guestMost {
 		return 0, errEndless
 	}
 	return n, err
@@ -890,9 +890,9 @@ type gathering struct {
 	vain     int              // what skip was after the last wait; 0: that wait was not in vain
 }
 
-// came notes that sh's client has written in the batch.
-func (g *gathering) came(sh *share) {
-	g.left(sh)
+// wrote notes that sh's client has written in the batch.
+func (g *gathering) wrote(sh *share) {
+	g.excuse(sh)
 	g.writes = true
 	sh.isSteady = g.number-sh.wroteIn <= 2 // one of the two batches before
 	sh.wroteIn = g.number
@@ -901,8 +901,8 @@ func (g *gathering) came(sh *share) {
 	}
 }
 
-// left notes that the batch need not wait for sh's client.
-func (g *gathering) left(sh *share) {
+// excuse notes that the batch need not wait for sh's client.
+func (g *gathering) excuse(sh *share) {
 	if sh.isSteady && sh.wroteIn == g.number-1 {
 		g.missing--
 	}
@@ -1042,9 +1042,9 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 		s.batch = append(s.batch, chain)
 	}
 	if wrote {
-		s.gathering.came(&c.share)
+		s.gathering.wrote(&c.share)
 	} else {
-		s.gathering.left(&c.share)
+		s.gathering.excuse(&c.share)
 	}
 }
 
@@ -1689,7 +1689,7 @@ func (s *keyValueServer) leave(c *Client) {
 		s.rejecting--
 		return
 	}
-	s.gathering.left(&c.share)
+	s.gathering.excuse(&c.share)
 	if c.alive--; c.alive > 0 {
 		return
 	}

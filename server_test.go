@@ -1683,7 +1683,7 @@ func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
 // batches.
 func TestCommitGathersNobodyAtFirst(t *testing.T) {
 	g, sh := New(kvstore.NewMemory()).gathering, share{}
-	g.came(&sh)
+	g.wrote(&sh)
 	is.Equal(t, "clients that are steady", g.steady, 0)
 }
 
@@ -3434,7 +3434,7 @@ func TestWatchFewConnections(t *testing.T) {
 		t.Helper()
 		var gone []int
 		for i, g := range guests {
-			if g.left.Load() {
+			if g.hasLeft.Load() {
 				gone = append(gone, i)
 			}
 		}
