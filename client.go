@@ -109,7 +109,7 @@ const (
 //
 // How a connection ends, most often:
 //
-//	readFromClient   notes the reason (end), reads no more, and waits for the chain under way. Then
+//	readFromClient   notes the reason (setReason), reads no more, and waits for the chain under way. Then
 //	                 it closes buffer, tells workLoop (depart), and ends
 //	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. If TLS
 //	                 cannot say goodbye in time, a timer closes the connection (inTime)

@@ -815,45 +815,6 @@ func listenProblem(name, addr string, err error) error {
 	return problem(fmt.Sprintf("cannot listen on %s: %v", addr, err), todo)
 }
 
-// applyLimits gives s the limits that c asks for, as far as the process may open so many files, and
-// -max-memory is enough for so many clients.
-func applyLimits(s *keyValueServer, c config) {
-	s.maxLine, s.writeTimeout = int(c.maxLine), c.writeTimeout
-	s.budget.limitTo(c.maxMemory, c.maxQueues)
-
-	// Near the limit Go's garbage collector works harder.
-	if c.maxMemory > 0 {
-		debug.SetMemoryLimit(c.maxMemory)
-		s.noteMemory()
-		if !s.budget.fits(0, 0) {
-			s.log.Warn("writes are refused: the data takes more memory than -max-memory leaves for it; "+
-				"Delete something, or raise it", "bytes", s.budget.data(), "limit", s.budget.forData())
-		}
-	}
-
-	// Each connection is an open file. Some files are for other uses.
-	files := storage.OpenFiles() - spareFiles
-	if c.http != "" {
-		files -= maxWatchers
-	}
-	if s.tls != nil {
-		s.handshakes = max(1, min(maxHandshakes, files/4))
-		files -= s.handshakes
-	}
-
-	// The rest is for clients, as far as there is memory for them. The log says so if it is less than
-	// -max-clients.
-	most, why := files, "the process may not open more files; raise the limit with ulimit -n"
-	if n := s.budget.clients(s.perClient()); c.maxMemory > 0 && n < most {
-		most, why = n, "-max-memory has no room for more, beside the data; raise it, or ask for fewer"
-	}
-	if s.maxClients = min(c.maxClients, most); s.maxClients < c.maxClients {
-		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: "+why, "max_clients", s.maxClients,
-			"asked", c.maxClients, "files", storage.OpenFiles())
-	}
-}
-
 // tellStart logs what an operator should know about a server that begins to serve at listeners.
 func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 	if c.data == "" {
