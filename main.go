@@ -698,7 +698,7 @@ func serve(c config, log *queuedLog) error {
 	}
 
 	tellStart(c, s, listeners)
-	(&gcPacer{server: s}).begin()
+	(&gcPacer{server: s}).follow()
 
 	// The server serves until a signal stops it, or the lock is lost, or the store fails.
 	select {

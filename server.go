@@ -1608,15 +1608,14 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 
 	// The rest is for clients, as far as there is memory for them. The log says so if it is less than
-	// -max-clients.
-	most, why := files, "the process may not open more files; raise the limit with ulimit -n"
+	// -max-clients, or than the default: with little memory that is no reason to worry.
+	most, level, why := files, slog.LevelWarn, "the process may not open more files: see ulimit -n"
 	if n := s.budget.clients(s.perClient()); c.maxMemory > 0 && n < most {
-		most, why = n, "-max-memory has no room for more, beside the data; raise it, or ask for fewer"
+		most, level, why = n, slog.LevelInfo, "-max-memory has no room for more"
 	}
-	if s.maxClients = min(c.maxClients, most); s.maxClients < c.maxClients {
-		s.maxClients = max(1, s.maxClients)
-		s.log.Warn("fewer clients than asked for: "+why, "max_clients", s.maxClients,
-			"asked", c.maxClients, "files", storage.OpenFiles())
+	if s.maxClients = max(1, min(c.maxClients, most)); s.maxClients < c.maxClients {
+		s.log.Log(context.Background(), level, "fewer clients than -max-clients: "+why,
+			"max_clients", s.maxClients, "asked", c.maxClients, "files", storage.OpenFiles())
 	}
 }
 
@@ -1632,12 +1631,12 @@ type gcPacer struct {
 // alive, and as many as are in objects with pointers, because a collection reads these.
 const garbageMin, garbageShare = 16 << 20, 16
 
-// begin calls choose now and after each collection: a collection runs the finalizer of an object to
+// follow calls choose now and after each collection: a collection runs the finalizer of an object to
 // which nothing points. The finalizers run on a goroutine of Go's runtime.
-func (p *gcPacer) begin() {
+func (p *gcPacer) follow() {
 	p.choose()
 	type unused struct{ p *gcPacer }
-	runtime.SetFinalizer(&unused{p}, func(*unused) { p.begin() })
+	runtime.SetFinalizer(&unused{p}, func(*unused) { p.follow() })
 }
 
 // choose sets the collector's percentage, and tells the budget how many bytes are alive.

@@ -2116,7 +2116,7 @@ func TestMemoryLimitIsLookedAtAgain(t *testing.T) {
 	// No other collection comes in between.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	runtime.GC()
-	(&gcPacer{server: s}).begin()
+	(&gcPacer{server: s}).follow()
 	a.Ask("Ack", ":OK 0")
 
 	forced := func() uint32 {

@@ -73,8 +73,8 @@ func (j *journal) failure() error {
 	return j.err
 }
 
-// appendFrame writes a frame. The caller holds writing. After an error all writing ends.
-func (j *journal) appendFrame(kind uint32, payload []byte, count uint32) {
+// addFrame writes a frame. The caller holds writing. After an error all writing ends.
+func (j *journal) addFrame(kind uint32, payload []byte, count uint32) {
 	j.mu.Lock()
 	f := frame{sequence: j.sequence + 1, synced: j.synced, count: count, kind: kind}
 	w, err := j.current, j.err
@@ -168,7 +168,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
-	j.appendFrame(frameNext, nil, 0)
+	j.addFrame(frameNext, nil, 0)
 	err = j.syncRest()
 	if err != nil {
 		return nil, errors.Join(err, w.f.Close())
@@ -293,7 +293,7 @@ func (j *journal) vouch() {
 	}
 	j.mu.Unlock()
 	if due {
-		j.appendFrame(frameSynced, nil, 0)
+		j.addFrame(frameSynced, nil, 0)
 	}
 	<-j.writing
 

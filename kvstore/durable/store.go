@@ -409,7 +409,7 @@ func errTooLarge(bytes int64) error {
 func (d *Store) writeFrame(kind uint32) {
 	// Size and room are copied here, because afterwards the timer may write.
 	d.writing <- struct{}{}
-	d.appendFrame(kind, d.pending, d.count)
+	d.addFrame(kind, d.pending, d.count)
 	d.size, d.room = d.current.size, d.current.zeros()
 	if d.current.isSpoiled && d.noHeal == nil {
 		d.lookAfter = time.Time{} // so that the next Commit checks all files

@@ -71,7 +71,7 @@ func quoteOdd(path string) string {
 }
 
 // Sizes are large: a disk has room, and is slow to make a file longer.
-func (d *Disk) Sizes() (segment, compact int64, reserve int) {
+func (d *Disk) Sizes() (segment, compact int64, zeros int) {
 	return 64 << 20, 64 << 20, 1 << 20
 }
 

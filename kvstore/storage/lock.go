@@ -44,7 +44,7 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	}
 
 	l.self = self
-	go l.watch()
+	go l.guard()
 	return l, nil
 }
 
@@ -142,17 +142,17 @@ type diskLock struct {
 	dir  *Disk
 	self *os.File // the directory, locked; nil where directories cannot be locked
 
-	mu   sync.Mutex  // guards file and info: watch calls Verify, and the store's owner does
+	mu   sync.Mutex  // guards file and info: guard calls Verify, and the store's owner does
 	file *os.File    // LOCK, locked
 	info os.FileInfo // which file that is
 
 	stop  chan struct{} // closed by Close
-	ended chan struct{} // closed by watch when it ends
-	lost  chan struct{} // closed by watch once it has set why
+	ended chan struct{} // closed by guard when it ends
+	lost  chan struct{} // closed by guard once it has set why
 	why   error         // why the lock is lost; may be read once lost is closed
 }
 
-// heldTime is the time between two checks of watch.
+// heldTime is the time between two checks of guard.
 const heldTime = time.Second
 
 // sign makes f, which is locked, the lock's file, and writes the holder's name into it.
@@ -174,9 +174,9 @@ func (l *diskLock) sign(f *os.File) error {
 	return nil
 }
 
-// watch checks every heldTime that the lock is still ours. It runs as a goroutine of its own, and
+// guard checks every heldTime that the lock is still ours. It runs as a goroutine of its own, and
 // ends when the lock is closed or lost.
-func (l *diskLock) watch() {
+func (l *diskLock) guard() {
 	defer close(l.ended)
 	tick := time.NewTicker(heldTime)
 	defer tick.Stop()
@@ -318,10 +318,10 @@ func (d *Disk) isThis(f *os.File, name string) bool {
 	return err == nil && os.SameFile(ours, theirs)
 }
 
-// Lost is closed by watch.
+// Lost is closed by guard.
 func (l *diskLock) Lost() <-chan struct{} { return l.lost }
 
-// Held returns what watch has found. It makes no system call.
+// Held returns what guard has found. It makes no system call.
 func (l *diskLock) Held() error {
 	select {
 	case <-l.lost:
@@ -331,9 +331,9 @@ func (l *diskLock) Held() error {
 	}
 }
 
-// Close ends watch and releases the lock. The file LOCK stays.
+// Close ends guard and releases the lock. The file LOCK stays.
 func (l *diskLock) Close() error {
 	close(l.stop)
-	<-l.ended // or watch would use files that are closed
+	<-l.ended // or guard would use files that are closed
 	return closeAll(l.file, l.self)
 }

@@ -281,7 +281,7 @@ func TestReplacedLock(t *testing.T) {
 	byLink := func(name string) { os.Remove(name); os.Symlink("/etc/passwd", name) }
 
 	// The new file may be held by a process that does not know the directory's lock. It is locked
-	// before it gets its name, because watch may look at it at any time.
+	// before it gets its name, because guard may look at it at any time.
 	byLocked := func(name string) {
 		elsewhere := t.TempDir()
 		f, err := mustOpen(t, elsewhere).lockFile(os.O_CREATE)

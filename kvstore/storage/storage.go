@@ -56,9 +56,9 @@ type Directory interface {
 	Path(name string) string
 	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once a
 	// file has segment bytes. Full files are not compacted while together they have fewer than compact
-	// bytes. A file is extended by reserve bytes of zeros at a time; if reserve is 0, by what is
+	// bytes. A file is extended by that many zeros at a time; if there are none, by what is
 	// written. The sizes are final once the lock is held.
-	Sizes() (segment, compact int64, reserve int)
+	Sizes() (segment, compact int64, zeros int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
 	// bytes, and afterwards for toDelete more, which Deletes will take. A request that frees room may
 	// use room that other writes leave.

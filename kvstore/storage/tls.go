@@ -51,16 +51,16 @@ const (
 )
 
 // credentials are what a server shows to its clients, and wants to see of them. After WatchTLS they
-// belong to watch.
+// belong to rereadFiles.
 type credentials struct {
 	cert, key, ca string // files
 	log           *slog.Logger
-	current       atomic.Pointer[tls.Config] // for new connections; watch stores, handshakes load
+	current       atomic.Pointer[tls.Config] // for new connections; rereadFiles stores, handshakes load
 	next          time.Time                  // when to log again at what time the certificate ends
 }
 
 // WatchTLS returns the configuration of a server. Its files are those of TLSConfig; ca may be "". It
-// starts watch, which reads these files again; new ones are for new connections only. It logs at what
+// starts rereadFiles, which reads these files again; new ones are for new connections only. It logs at what
 // time the certificate ends.
 func WatchTLS(cert, key, ca string, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	first, err := TLSConfig(cert, key, ca)
@@ -71,7 +71,7 @@ func WatchTLS(cert, key, ca string, log *slog.Logger, again <-chan os.Signal) (*
 	k := &credentials{cert: cert, key: key, ca: ca, log: log}
 	k.current.Store(first)
 	k.warn(time.Now())
-	go k.watch(again)
+	go k.rereadFiles(again)
 
 	// Each handshake uses the files that were read last.
 	now := func(*tls.ClientHelloInfo) (*tls.Config, error) { return k.current.Load(), nil }
@@ -101,9 +101,9 @@ func (k *credentials) warn(now time.Time) {
 	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set
 }
 
-// watch reads the files every LookAgain, and when again receives a signal. It runs as one goroutine
+// rereadFiles reads the files every LookAgain, and when again receives a signal. It runs as one goroutine
 // until again is closed (by a test) or the process ends.
-func (k *credentials) watch(again <-chan os.Signal) {
+func (k *credentials) rereadFiles(again <-chan os.Signal) {
 	tick := time.NewTicker(LookAgain)
 	defer tick.Stop()
 	told := "" // the error of the last read

@@ -331,7 +331,7 @@ func (d *Dir) Kill() *Dir {
 func (d *Dir) Path(name string) string { return "dir/" + name }
 
 // Sizes returns Segment, Compact and Reserve.
-func (d *Dir) Sizes() (segment, compact int64, reserve int) {
+func (d *Dir) Sizes() (segment, compact int64, zeros int) {
 	return d.Segment, d.Compact,
 		d.Reserve
 }
