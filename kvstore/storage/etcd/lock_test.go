@@ -394,6 +394,34 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 	})
 }
 
+// Ensure that a server that was cut off ends if another one has served meanwhile, and that one's lock
+// was deleted: what the other one has answered stays.
+func TestEtcdLockDeletedBehindAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		first, wire := e.open(t)
+		commit(t, first, h, "k", "v")
+		<-time.After(3 * time.Second)
+
+		wire.setCut(true)
+		other, w := e.open(t)
+		commit(t, other, h, "k", "of the other one")
+		w.kill()
+		e.delete("kv/lock")
+		wire.setCut(false)
+
+		first.Get("k")
+		if err := first.Commit(); !errors.Is(err, ErrTakenOver) {
+			t.Errorf("a read of the first one: %v, want %v", err, ErrTakenOver)
+		}
+		first.Close()
+		<-other.Lost()
+		other.Close()
+		after, _ := e.dir(t, t.Context(), "third:9999")
+		checkKept(t, h, after, "after that")
+	})
+}
+
 // Ensure that a lock that is deleted during a write is taken again, and the write goes on: nothing
 // else is gone, so the data is not written again, and a crash then leaves a whole store.
 func TestEtcdLockDeletedBesideWrite(t *testing.T) {

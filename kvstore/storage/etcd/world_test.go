@@ -406,8 +406,13 @@ func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 	if before == nil {
 		return w.e.copy()
 	}
-	id := []string{w.e.id, "new"}[w.random.IntN(2)]
-	w.spoil("cluster "+id+" is what it was", true, func() { w.e.restore(before, id) })
+	id, away := []string{w.e.id, "new"}[w.random.IntN(2)], time.Duration(w.random.IntN(9))*time.Second
+	w.spoil(fmt.Sprintf("after %v without etcd cluster %s is what it was", away, id), true, func() {
+		w.e.setDown("*")
+		<-time.After(away)
+		w.e.restore(before, id)
+		w.e.setDown("")
+	})
 	w.stop(true)
 	return nil
 }
