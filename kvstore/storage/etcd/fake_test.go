@@ -59,8 +59,9 @@ type etcdWire struct {
 	*fakeEtcd
 	dir      *smallDir // of the process
 	requests int
+	waiting  int              // requests that wait in vain for an answer
 	sent     []transaction    // those that have arrived
-	before   func(n int)      // is called before each request; nil: nothing
+	before   func(n int)      // is called before each request while the process lives; nil: nothing
 	at       int              // the number of the request that fault happens to; 0: none
 	fault    etcdFault        // what happens to it
 	lateBy   int              // requests behind at, with which a late one arrives; 0: with every third
@@ -133,8 +134,8 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
 
-	// before may call methods that lock mu.
-	if number := w.requests; w.before != nil {
+	// before may call methods that lock mu. A request of a killed process arrives nowhere.
+	if number := w.requests; w.before != nil && !w.dead {
 		w.mu.Unlock()
 		w.before(number)
 		w.mu.Lock()
@@ -155,8 +156,12 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.late = append(w.late, t)
 	}
 	if w.dead || w.cut || fault == lostRequest || fault == delayed {
+		w.waiting++
 		w.mu.Unlock()
 		<-r.Context().Done()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.waiting--
 		return nil, r.Context().Err()
 	}
 
@@ -556,6 +561,13 @@ func (w *etcdWire) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.requests
+}
+
+// isWaiting reports whether a request waits in vain for an answer.
+func (w *etcdWire) isWaiting() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.waiting > 0
 }
 
 // setCut sets whether the process is cut off.
