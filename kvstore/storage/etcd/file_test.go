@@ -162,9 +162,9 @@ func TestEtcdLateRequests(t *testing.T) {
 	}
 }
 
-// writesBeside writes data to a file in small pieces, while the n-th request suffers the fault, with a
-// lateBy of by. It fails the test if a reader does not get all that was written, or if something counts as gone.
-// reached says whether there were n requests.
+// writesBeside writes data to a file in small pieces, while the n-th request suffers the fault,
+// with a lateBy of by. It fails the test if a reader does not get all that was written, or if
+// something counts as gone. reached says whether there were n requests.
 func writesBeside(t *testing.T, data string, fault etcdFault, n, by int) (reached bool) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()

@@ -152,8 +152,8 @@ func TestEtcdGone(t *testing.T) {
 }
 
 // Ensure that a cluster that was put back to a moment at which there were as many pieces as now is
-// not taken for unchanged, also if nobody writes any more; or if its revision is no older one any more
-// once the server may take the lock, which is another process's there.
+// not taken for unchanged, also if nobody writes any more; or if its revision is no older one any
+// more once the server may take the lock, which is another process's there.
 func TestEtcdAsManyPieces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { asManyPieces(t, false) })
 	synctest.Test(t, func(t *testing.T) { asManyPieces(t, true) })
@@ -319,8 +319,8 @@ func beforeThat(t *testing.T, e *fakeEtcd, h *storetest.History, lock string) *f
 	return e.copy()
 }
 
-// keepOpening opens the store until that succeeds, as an init system starts a server again and again.
-// nil: ctx has ended before.
+// keepOpening opens the store until that succeeds, as an init system starts a server again and
+// again. nil: ctx has ended before.
 func (e *fakeEtcd) keepOpening(t *testing.T, ctx context.Context) (d *durable.Store) {
 	for d == nil && ctx.Err() == nil {
 		dir, _ := e.dir(t, ctx, "standby:9999")
@@ -334,48 +334,6 @@ func (e *fakeEtcd) keepOpening(t *testing.T, ctx context.Context) (d *durable.St
 // back as it was before the server began, with another process's lock or none, and that a standby
 // leaves it the time for that.
 func TestEtcdPutBack(t *testing.T) {
-	putBack := func(t *testing.T, lock string, away time.Duration, hasStandby bool) {
-		e, h := newFakeEtcd(), storetest.NewHistory()
-		before := beforeThat(t, e, h, lock)
-		d, _ := e.open(t)
-		for range 20 {
-			commit(t, d, h, "k", rand.Text())
-		}
-
-		var standby *durable.Store
-		var wg sync.WaitGroup
-		ctx, cancel := context.WithCancel(t.Context())
-		if hasStandby {
-			wg.Go(func() { standby = e.keepOpening(t, ctx) })
-		}
-		<-time.After(5 * time.Second)
-
-		// Others make many revisions while the server waits for the lock.
-		e.setDown("*")
-		<-time.After(away)
-		e.restore(before, e.id)
-		e.setDown("")
-		time.AfterFunc(lockTime/2, func() { e.write(100) })
-
-		began := time.Now()
-		commit(t, d, h, "k", "new")
-		if took := time.Since(began); took > lockTime+time.Second ||
-			took < lockTime && (lock != "none" || away >= freshTime) {
-			t.Errorf("it takes %v", took)
-		}
-		<-time.After(20 * time.Second)
-		commit(t, d, h, "k", "newer")
-		cancel()
-		if wg.Wait(); standby != nil {
-			t.Error("two serve")
-			standby.Close()
-		}
-		d.Close()
-
-		after, _ := e.dir(t, t.Context(), "third:9999")
-		checkKept(t, h, after, "after that")
-	}
-
 	n, next := 0, 0
 	for _, lock := range []string{"killed", "stopped", "none"} {
 		for _, away := range []time.Duration{6, 0, 1, 3, 10} {
@@ -393,6 +351,72 @@ func TestEtcdPutBack(t *testing.T) {
 			}
 		}
 	}
+}
+
+// putBack puts etcd back once it was away for that long, as TestEtcdPutBack says. lock is as for
+// beforeThat.
+func putBack(t *testing.T, lock string, away time.Duration, hasStandby bool) {
+	e, h := newFakeEtcd(), storetest.NewHistory()
+	before := beforeThat(t, e, h, lock)
+	d, _ := e.open(t)
+	for range 20 {
+		commit(t, d, h, "k", rand.Text())
+	}
+
+	var standby *durable.Store
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	if hasStandby {
+		wg.Go(func() { standby = e.keepOpening(t, ctx) })
+	}
+	<-time.After(5 * time.Second)
+
+	// Others make many revisions while the server waits for the lock.
+	e.setDown("*")
+	<-time.After(away)
+	e.restore(before, e.id)
+	e.setDown("")
+	time.AfterFunc(lockTime/2, func() { e.write(100) })
+
+	began := time.Now()
+	commit(t, d, h, "k", "new")
+	if took := time.Since(began); took > lockTime+time.Second ||
+		took < lockTime && (lock != "none" || away >= freshTime) {
+		t.Errorf("it takes %v", took)
+	}
+	if hasStandby {
+		<-time.After(20 * time.Second)
+		commit(t, d, h, "k", "newer")
+	}
+	cancel()
+	if wg.Wait(); standby != nil {
+		t.Error("two serve")
+		standby.Close()
+	}
+	d.Close()
+
+	after, _ := e.dir(t, t.Context(), "third:9999")
+	checkKept(t, h, after, "after that")
+}
+
+// Ensure that a server that is stopped when etcd has gone back keeps all that was answered.
+func TestEtcdPutBackBeforeAStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		before := beforeThat(t, e, h, "killed")
+		d, _ := e.open(t)
+		for range 20 {
+			commit(t, d, h, "k", "v")
+		}
+
+		<-time.After(2 * time.Second)
+		e.restore(before, e.id)
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		after, _ := e.dir(t, t.Context(), "third:9999")
+		checkKept(t, h, after, "after that")
+	})
 }
 
 // Ensure that a server ends, and changes nothing, if it was cut off from etcd while that was put
@@ -455,8 +479,8 @@ func TestEtcdPutBackUnderAnother(t *testing.T) {
 	}
 }
 
-// Ensure that a server ends if somebody shows life in the lock of an older state of etcd, also if that
-// one seems to have begun long ago, because its clock is behind.
+// Ensure that a server ends if somebody shows life in the lock of an older state of etcd, also if
+// that one seems to have begun long ago, because its clock is behind.
 func TestEtcdPutBackBesideLife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
@@ -473,7 +497,8 @@ func TestEtcdPutBackBesideLife(t *testing.T) {
 			t.Error(err)
 		}
 		d.Put("k", "new")
-		if err := d.Commit(); !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
+		err := d.Commit()
+		if !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
 			t.Errorf("beside somebody who lives: %v, want %v", err, ErrRestored)
 		}
 		d.Close()

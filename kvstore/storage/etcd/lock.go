@@ -182,8 +182,8 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	}
 
 	// Count from the time at which we first saw this sign of life, so that only our own clock
-	// matters. If there is no lock, a changed step says that somebody has had it since the last look,
-	// and what was seen before etcd went back says nothing.
+	// matters. If there is no lock, a changed step says that somebody has had it since the last
+	// look, and what was seen before etcd went back says nothing.
 	at := answer.Header.Revision
 	if w.since.IsZero() || revision != w.revision || step != w.step || at < w.at {
 		w.since = now
@@ -226,15 +226,11 @@ func (w *sight) isFree(token string) bool {
 // up once it has seen a sign of life.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
+	end := d.awaitAnswer() // of the first look; after that standBy says that etcd does not answer
 	for {
-		// Once etcd has answered, standBy says that it does not any more.
-		before, isTaken, end := w.revision, false, func() bool { return true }
-		if w.answered.IsZero() {
-			end = d.awaitAnswer()
-		}
+		before, isTaken := w.revision, false
 		err := w.look(ctx, d)
 		end()
-
 		if err == nil && w.isFree(l.owner.Token) {
 			isTaken, err = l.take(ctx, &w)
 		}
@@ -301,9 +297,9 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	return nil
 }
 
-// giveWay waits, if err says that etcd has changed while a server stood by, before that ends: a server
-// that is started again might take the lock. The holder has all that was answered, and perhaps not the
-// lock any more, so it comes first.
+// giveWay waits, if err says that etcd has changed while a server stood by, before that ends: a
+// server that is started again might take the lock. The holder has all that was answered, and
+// perhaps not the lock any more, so it comes first.
 func (d *directory) giveWay(ctx context.Context, w *sight, err error) {
 	if d.opts.Addr == "" || w.answered.IsZero() || !errors.Is(err, ErrOther) {
 		return
@@ -420,12 +416,12 @@ func (l *clusterLock) retakeNow(ctx context.Context) error {
 // errWaits is returned by retake while whoever has the lock in an older state of etcd may live.
 var errWaits = fmt.Errorf("%w, and may live", ErrRestored)
 
-// waitOut returns nil once l may take the lock in an older state of etcd. w is what there is, and was
-// what there was at the last look. Who has that lock is most likely long gone, because we had it
-// afterwards, and only we have all that was answered. But another server may have taken it in the older
-// state. So we wait for lockTime, as a standby does, and end if anybody shows life, or if somebody has
-// had the lock after us and is gone. While our last sign of life is fresh, nobody can have had a lock
-// that is missing.
+// waitOut returns nil once l may take the lock in an older state of etcd. w is what there is, and
+// was what there was at the last look. Who has that lock is most likely long gone, because we had
+// it afterwards, and only we have all that was answered. But another server may have taken it in
+// the older state. So we wait for lockTime, as a standby does, and end if anybody shows life, or if
+// somebody has had the lock after us and is gone. While our last sign of life is fresh, nobody can
+// have had a lock that is missing.
 func (l *clusterLock) waitOut(was, w *sight) error {
 	if l.past == nil {
 		now, lock := time.Now(), "none"
@@ -525,7 +521,8 @@ func (l *clusterLock) show(sent time.Time) bool {
 	}
 
 	// An answer from an older state is no silence: retake has patienceTime from here on.
-	latest, isOther := l.confirmed.Load(), errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable)
+	latest := l.confirmed.Load()
+	isOther := errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable)
 	if isOther {
 		l.changed.CompareAndSwap(nil, &sent)
 	}

@@ -394,8 +394,8 @@ func TestEtcdLockDeletedTwice(t *testing.T) {
 	})
 }
 
-// Ensure that a server that was cut off ends if another one has served meanwhile, and that one's lock
-// was deleted: what the other one has answered stays.
+// Ensure that a server that was cut off ends if another one has served meanwhile, and that one's
+// lock was deleted: what the other one has answered stays.
 func TestEtcdLockDeletedBehindAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()

@@ -336,7 +336,8 @@ func TestEtcdSilenceIsSaidSoon(t *testing.T) {
 				<-time.After(tellTime + tellTime/10)
 				synctest.Wait()
 				if n := strings.Count(log.String(), "etcd does not answer yet"); n != 1 {
-					t.Errorf("%s of silent members, down %q, says so %d times:\n%s", what, down, n, &log)
+					t.Errorf("%s where members are silent, down %q, says so %d times:\n%s", what, down,
+						n, &log)
 				}
 				<-time.After(time.Minute)
 			})
@@ -484,8 +485,8 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 	})
 }
 
-// Ensure that a cluster of which no member answers does not count as another one, as may happen when
-// something is gone.
+// Ensure that a cluster of which no member answers does not count as another one, as may happen
+// when something is gone.
 func TestEtcdOtherWhileSilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -619,8 +620,8 @@ func TestEtcdSlower(t *testing.T) {
 	})
 }
 
-// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and that
-// large ones do.
+// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and
+// that large ones do.
 func TestEtcdSmallPiecesProveNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, _, lock := newFakeEtcd().locked(t)

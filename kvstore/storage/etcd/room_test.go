@@ -216,7 +216,8 @@ func TestEtcdQuotaCountsWritesBesideASurvey(t *testing.T) {
 
 		c.survey(t.Context())
 		if left := c.limit.Load() - c.spent.Load(); left != room-int64(len(c.members))*written {
-			t.Errorf("%d bytes are left of %d after %d writes of %d", left, room, len(c.members), written)
+			t.Errorf("%d bytes are left of %d after %d writes of %d", left, room, len(c.members),
+				written)
 		}
 	})
 }

@@ -402,8 +402,8 @@ func (w *world) happen() {
 	}
 }
 
-// restore makes the cluster what it was before; nil: it returns what it is now, for later, and perhaps
-// lets another server begin, which has no part in that.
+// restore makes the cluster what it was before; nil: it returns what it is now, for later, and
+// perhaps lets another server begin, which has no part in that.
 func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 	if before == nil {
 		before = w.e.copy()
