@@ -483,11 +483,12 @@ func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
 	// First the lock must be ours again, so that nobody else changes what we compare.
-	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
-	if isGone && d.recover() != nil {
+	if d.lock.isGone() && d.recover() != nil {
 		return false
 	}
 
+	// What is found missing from here on counts again.
+	missed := d.lock.missed.Load()
 	names, more, lock, err := d.takeStock()
 	switch {
 	case err != nil:

@@ -512,13 +512,15 @@ func TestEtcdPutBackTwice(t *testing.T) {
 		e, h := newFakeEtcd(), storetest.NewHistory()
 		before := beforeThat(t, e, h, "killed")
 		d, _ := e.open(t)
-		for range 20 {
+		<-time.After(beatTime / 2)
+		for range 60 {
 			commit(t, d, h, "k", "v")
 		}
 
+		// The revision is higher than at the last sign of life, and lower than after the last commit.
 		again := time.Now().Add(lockTime - beatTime)
 		e.restore(before, e.id)
-		e.write(1)
+		e.write(40)
 		time.AfterFunc(lockTime-beatTime, func() { e.restore(before, e.id) })
 		<-time.After(2 * time.Second)
 		commit(t, d, h, "k", "new")

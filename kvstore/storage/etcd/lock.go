@@ -380,6 +380,17 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	return l.retakeNow(ctx)
 }
 
+// judgeAndRetake is judge, and then retake, unless the lock was taken again since the sign of life last:
+// then the answer is older than that.
+func (l *clusterLock) judgeAndRetake(lock []keyValue, last *time.Time) error {
+	defer l.retaking.begin()()
+	if l.confirmed.Load() != last {
+		return nil
+	}
+	l.judge(lock)
+	return l.retakeNow(l.beating)
+}
+
 // retakeNow is retake for a caller that has access.
 func (l *clusterLock) retakeNow(ctx context.Context) error {
 	// What was seen is over once the lock was ours again, or etcd is another cluster.
@@ -512,6 +523,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 		Failure: []operation{readKey(l.d.key("lock"))},
 	}
 
+	last := l.confirmed.Load()
 	answer, err := l.d.client.try(l.beating, "kv/txn", t)
 	isFull := errors.Is(err, syscall.ENOSPC)
 	if isFull {
@@ -521,7 +533,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	}
 
 	// An answer from an older state is no silence: retake has patienceTime from here on.
-	latest := l.confirmed.Load()
+	latest := last
 	isOther := errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable)
 	if isOther {
 		l.changed.CompareAndSwap(nil, &sent)
@@ -542,8 +554,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 
 	// The lock is another one, or missing: judge ends ours, or retake takes it again.
 	case err == nil:
-		l.judge(answer.read(0).KVs)
-		if err := l.retake(l.beating); err != nil && isLate {
+		if err := l.judgeAndRetake(answer.read(0).KVs, last); err != nil && isLate {
 			l.fail(err) // before that the next sign of life tries again
 		}
 
