@@ -448,9 +448,10 @@ func TestEtcdPutBackUnderAnother(t *testing.T) {
 			e.delete("kv/lock")
 		}
 
-		// The other one has taken a lock that was given back at once, so wait for a sign of life.
+		// The other one has taken a lock that was given back at once: wait until no sign of life is
+		// fresh.
 		wire.setCut(false)
-		<-time.After(2 * time.Second)
+		<-time.After(lockTime)
 		first.Get("k")
 		if err := first.Commit(); !errors.Is(err, ErrRestored) {
 			t.Errorf("a read of the first one: %v, want %v", err, ErrRestored)
