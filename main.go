@@ -1000,7 +1000,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	if command == "check" {
 		report, err = durable.Check(dir)
 		if err == nil && report.Empty && etcd.IsAddress(path) { // the prefix is probably wrong
-			return durable.Report{}, fmt.Errorf("%w: %s", durable.ErrNoStore, path)
+			return durable.Report{}, fmt.Errorf("%w at %s", durable.ErrNoStore, path)
 		}
 		return report, err
 	}

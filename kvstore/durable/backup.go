@@ -93,7 +93,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return err
 	}
 	if len(c.logs) == 0 {
-		return cmp.Or(checkNames(dir), fmt.Errorf("%w: %s", ErrNoStore, dir.Path("")))
+		return cmp.Or(checkNames(dir), fmt.Errorf("%w at %s", ErrNoStore, dir.Path("")))
 	}
 
 	// STORE comes last. Without it no start takes the directory for a store, except for a new one if

@@ -96,7 +96,7 @@ func check(dir storage.Directory) (r Report, err error) {
 		return r, r.damage(err)
 	case len(s.logs) == 0:
 		r.Empty = true
-		r.say("%v", ErrNoStore)
+		r.say("no store yet: an empty directory")
 		return r, nil
 	}
 

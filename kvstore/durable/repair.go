@@ -32,7 +32,7 @@ func Repair(dir, out storage.Directory) (r Report, err error) {
 		return r, err
 	}
 	if len(names) == 0 {
-		return r, fmt.Errorf("%w: %s", ErrNoStore, dir.Path(""))
+		return r, fmt.Errorf("%w at %s", ErrNoStore, dir.Path(""))
 	}
 
 	// What a running process writes meanwhile would be taken for damage.

@@ -45,8 +45,7 @@ var (
 	ErrOlder = storage.NewError("written by an older kvserver", "Nothing was changed. Start the older "+
 		"kvserver, and have the data written as text: kvserver -c -out FILE Dump")
 	// ErrNoStore is returned by Backup and Repair when the directory to read has no store.
-	ErrNoStore = storage.NewError("no store yet: an empty directory",
-		"Give the server's data directory.")
+	ErrNoStore = storage.NewError("no store", "Give what the server has as -data.")
 	// ErrNotEmpty is returned by Backup and Repair when the directory to write is not empty.
 	ErrNotEmpty = storage.NewError("a copy needs a new or an empty directory",
 		"Nothing was copied. Give another directory for the copy.")

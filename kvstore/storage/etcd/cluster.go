@@ -72,6 +72,11 @@ var (
 	// ErrTakenOver is returned when another process has taken the lock.
 	ErrTakenOver = storage.NewError("another server has taken the data over",
 		"Nothing is lost. Start it again. Was it paused or cut off?")
+	// ErrRestored is returned when etcd has gone back to an older state, or is another cluster now,
+	// and another process has the lock there, or has had it.
+	ErrRestored = storage.NewError("etcd was restored, and another server may have the lock there",
+		"What was answered since that state of etcd is lost. Start again: the server goes on with "+
+			"what is there. Stop all servers before you restore etcd.")
 	// ErrOther is returned when a member belongs to another cluster than the members that have
 	// answered before, or when the cluster has gone back to an older state: somebody has restored a
 	// backup.

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -25,7 +26,7 @@ import (
 // directory is a Directory in a cluster. Its address gives a prefix, below which are these keys:
 //
 //	lock        who may write: a holder in JSON, which puts it again every beatTime
-//	step        which change of names was the last
+//	step        which change of names was the last, and when its process took the lock
 //	n/NAME      the id of the file that has this name
 //	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
 //	            size. A value shorter than this size is compressed (DEFLATE)
@@ -44,6 +45,7 @@ type directory struct {
 	opts   Options
 
 	ctx  context.Context // for requests while there is no lock
+	told sync.Once       // the log, that etcd does not answer yet
 	lock *clusterLock    // set by Lock; nil before
 
 	access  access                // guards what is below
@@ -52,11 +54,12 @@ type directory struct {
 	names   map[string]string     // the id of each name, once the lock is held
 	files   map[string]*pieceFile // by id: files that were opened since
 	lost    map[string]bool       // names whose files etcd may not have as they were written
-	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
 	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
+	// etcd's revision before it was perhaps restored; 0: it was not; math.MaxInt64: it was
+	known atomic.Int64
 }
 
 // access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock waits
@@ -177,11 +180,7 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
-		defer time.AfterFunc(tellTime, func() {
-			why := cmp.Or(d.client.failure.Load(), &errSilent)
-			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
-			d.opts.Status.Set("etcd does not answer yet")
-		}).Stop()
+		defer d.awaitAnswer()()
 		return d.client.call(ctx, at, request, size)
 	}
 
@@ -206,6 +205,18 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 			return answer, err
 		}
 	}
+}
+
+// awaitAnswer lets the log and the status say after tellTime that etcd does not answer yet, unless
+// end, which it returns, is called before.
+func (d *directory) awaitAnswer() (end func() bool) {
+	return time.AfterFunc(tellTime, func() {
+		d.opts.Status.Set("etcd does not answer yet")
+		d.told.Do(func() {
+			why := cmp.Or(d.client.failure.Load(), &errSilent)
+			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
+		})
+	}).Stop
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -286,6 +297,13 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
+// stepTime returns when the process that has written the step took the lock; zero: it is not known.
+func stepTime(value []byte) time.Time {
+	text, _, _ := strings.Cut(string(value), " ")
+	took, _ := time.Parse(time.RFC3339Nano, text)
+	return took
+}
+
 // beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
 // so that the request is harmless if the network delivers it a second time, later.
 func (d *directory) beginSteps() error {
@@ -298,7 +316,7 @@ func (d *directory) beginSteps() error {
 		revision = kv.Revision
 	}
 
-	d.steps, d.step = rand.Text(), 0
+	d.steps, d.step = d.lock.owner.Since.Format(time.RFC3339Nano)+" "+rand.Text(), 0
 	return d.do(0, []operation{putKey(step, d.stepValue(0))}, isRevision(step, revision))
 }
 
@@ -465,11 +483,12 @@ func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
 	// First the lock must be ours again, so that nobody else changes what we compare.
-	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
-	if isGone && d.recover() != nil {
+	if d.lock.isGone() && d.recover() != nil {
 		return false
 	}
 
+	// What is found missing from here on counts again.
+	missed := d.lock.missed.Load()
 	names, more, lock, err := d.takeStock()
 	switch {
 	case err != nil:
@@ -481,7 +500,7 @@ func (d *directory) check() (isKnown bool) {
 	}
 
 	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived late.
-	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
+	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known.Load()
 	for name, id := range names {
 		f := d.files[id]
 		isLost = isLost || f != nil && f.isDead.Load() && !d.lost[name]
@@ -491,7 +510,7 @@ func (d *directory) check() (isKnown bool) {
 	}
 
 	// What etcd has now is what later checks compare with.
-	d.known = 0
+	d.known.Store(0)
 	d.setNames(names)
 	d.pieces.Add(more)
 	if len(d.lost) == 0 {
@@ -556,22 +575,36 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 // recover accepts the cluster as it is now, and takes the lock again, if that is still ours, or
 // nobody's. The caller has access.
 func (d *directory) recover() error {
-	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
-	// be compared with ours, so any lock there that is not ours is somebody else's.
-	l, was := d.lock, *d.client.id.Load()
-	d.known = max(d.known, d.client.revision.Load())
-	err := d.client.adopt(l.ctx)
-	if err == nil && *d.client.id.Load() != was {
-		d.known = math.MaxInt64
-		l.revision.Store(0)
-	}
-	if err == nil {
-		err = l.retake(l.ctx)
-	}
-
+	err := d.accept()
 	// The key step may be an older one too: start a new series.
 	if err == nil {
 		err = d.beginSteps()
+	}
+	return err
+}
+
+// accept is recover without the step.
+func (d *directory) accept() error {
+	// No other retake may ask etcd while it is not known what revision it had.
+	l := d.lock
+	defer l.retaking.begin()()
+
+	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
+	// be compared with ours, so any lock there that is not ours is somebody else's.
+	was := *d.client.id.Load()
+	d.known.Store(max(d.known.Load(), d.client.revision.Load()))
+	err := d.client.adopt(l.ctx)
+	if err == nil && *d.client.id.Load() != was {
+		d.known.Store(math.MaxInt64)
+		l.revision.Store(0)
+	}
+	if err == nil {
+		err = l.retakeNow(l.ctx)
+	}
+
+	// An older state: its revision may grow beyond known before all is compared.
+	if (err == nil || err == errWaits) && d.client.revision.Load() < d.known.Load() {
+		d.known.Store(math.MaxInt64)
 	}
 	return err
 }
@@ -585,7 +618,9 @@ func (d *directory) List() (list []string, err error) {
 	// start refuses the prefix, and people see why.
 	names := d.names
 	if d.lock == nil {
-		if _, err := d.client.agree(d.ctx); err != nil {
+		end := d.awaitAnswer()
+		_, err := d.client.agree(d.ctx)
+		if end(); err != nil {
 			return nil, err
 		}
 		if names, _, _, err = d.stock(d.call); err != nil {
