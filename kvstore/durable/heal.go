@@ -182,11 +182,12 @@ func (d *Store) lastLook() error {
 // and the end of that file. It takes as long as a start takes for one segment. A change in the middle
 // that comes later, while Close writes its last frame, is not seen.
 func (d *Store) fullLook() error {
-	err := d.readBack()
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrSpoiled, err)
+	readErr := d.readBack()
+	err := d.lastLook() // in any case, because other files may have to be written again
+	if readErr != nil {
+		return fmt.Errorf("%w: %w", ErrSpoiled, errors.Join(readErr, err))
 	}
-	return d.lastLook()
+	return err
 }
 
 // readBack reads the current file as a start does, and notes whether its frames are still as they

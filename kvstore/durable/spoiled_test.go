@@ -395,9 +395,9 @@ func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
 }
 
 // Ensure that Close reads the current file a second time if it cannot be read, and returns an error
-// if that fails, too: somebody may have changed it.
+// if that fails, too: somebody may have changed it. Then the next start refuses what was changed.
 func TestCloseCannotReadTheMiddle(t *testing.T) {
-	for _, fails := range []int{1, 2} {
+	for _, fails := range []int{1, 3} { // the second read is the first look's
 		synctest.Test(t, func(t *testing.T) {
 			dir, d := newSmall(t, Options{})
 			d.Put("key", "value")
@@ -417,9 +417,12 @@ func TestCloseCannotReadTheMiddle(t *testing.T) {
 			err := d.Close()
 			dir.Before = nil
 
-			if fails == 2 {
+			if fails > 1 {
 				if !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 					t.Errorf("Close: %v", err)
+				}
+				if _, err := openSmall(dir, Options{}); !errors.As(err, new(*storage.DamageError)) {
+					t.Errorf("the next start says %v", err)
 				}
 				return
 			}
@@ -429,5 +432,72 @@ func TestCloseCannotReadTheMiddle(t *testing.T) {
 			}
 			wantAll(t, "read again", dir, map[string][]string{"key": {"value"}})
 		})
+	}
+}
+
+// Ensure that Close writes the other files again even if the current one cannot be read.
+func TestCloseCannotReadButHeals(t *testing.T) {
+	for _, gone := range []string{storage.StoreName, "seg-1.log"} {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 2 && d.size > headerSize })
+		want := maps.Collect(d.All())
+		dir.Remove(gone)
+
+		// The first read is that of all frames.
+		failed := false
+		dir.Before = func(c storetest.Call) error {
+			if c.What != "read" || c.Name != "seg-2.log" || failed {
+				return nil
+			}
+			failed = true
+			return syscall.EIO
+		}
+		d.AwaitCompaction()
+		if err := d.fullLook(); !failed || !errors.Is(err, ErrSpoiled) {
+			t.Errorf("%s: %v", gone, err)
+		}
+		dir.Before = nil
+		wantAll(t, gone, dir.Kill(), want)
+		d.Close()
+	}
+}
+
+// Ensure that if Close cannot write again what somebody has changed, the next start refuses it, and
+// does not take it for a torn end, whatever Options.Fsync says.
+func TestCloseCannotHealTheMiddle(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Second} {
+		for _, at := range []int{0, 5} {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{Fsync: fsync})
+				starts := []int64{headerSize}
+				for range 6 {
+					d.Put("key", strings.Repeat("v", 100))
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+					starts = append(starts, d.size)
+				}
+				dir.Names["seg-1.log"].Data[starts[at]+frameSize+20] ^= 1
+
+				dir.Before = func(c storetest.Call) error {
+					if c.What == "create" {
+						return syscall.ENOSPC
+					}
+					return nil
+				}
+				err := d.Close()
+				dir.Before = nil
+				if !errors.Is(err, ErrSpoiled) {
+					t.Errorf("fsync %v, frame %d: Close: %v", fsync, at+1, err)
+				}
+
+				again, err := openSmall(dir, Options{})
+				if !errors.As(err, new(*storage.DamageError)) {
+					t.Errorf("fsync %v, frame %d: the next start: %v", fsync, at+1, err)
+					again.Close()
+				}
+			})
+		}
 	}
 }

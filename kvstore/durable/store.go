@@ -606,9 +606,11 @@ func (d *Store) Close() error {
 	}
 	d.stopTimer()
 
-	// Without this frame the next start is as after a crash, which is no error.
-	if err == nil {
-		err = d.writeCleanStop()
+	// Without this frame the next start is as after a crash, which is no error. But if frames are
+	// damaged, that start would take them for a torn end, and cut off all that follows.
+	isSpoiled := errors.Is(err, ErrSpoiled) && d.lock.Held() == nil
+	if err == nil || isSpoiled {
+		err = errors.Join(err, d.writeCleanStop())
 	}
 
 	// On a full disk SPARE gets the room that is cut off, for Deletes after the next start.
