@@ -191,7 +191,9 @@ func (d *Store) fullLook() error {
 }
 
 // readBack reads the current file as a start does, and notes whether its frames are still as they
-// were written, so that the next look heals it if not. An error means that it cannot be read.
+// were written, so that the next look heals it if not. An error means that it cannot be read. On a
+// slow disk, or if no new file could be made for long, it reads for readTime only: a stop that takes
+// longer is broken off.
 func (d *Store) readBack() error {
 	// Meanwhile the timer must not write.
 	d.writing <- struct{}{}
@@ -205,8 +207,19 @@ func (d *Store) readBack() error {
 	l := &logReader{dir: d.dir, name: w.header.name(), path: w.path, f: lentFile{w.f}, size: w.size,
 		limit: w.size}
 	l.beginBehind(w.header)
-	end, err := l.scan(func(*logReader, frame, []byte) error { return nil })
-	if err != nil {
+	began, errSlow := time.Now(), errors.New("the disk is slow")
+	end, err := l.scan(func(*logReader, frame, []byte) error {
+		if time.Since(began) > readTime {
+			return errSlow
+		}
+		return nil
+	})
+	switch {
+	case err == errSlow:
+		d.log.Warn("no time to read all of the current file again, so a change in it may be unseen",
+			"file", w.path, "bytes", w.size, "read", l.offset)
+		return nil
+	case err != nil:
 		return w.named("read", err)
 	}
 	w.isSpoiled = w.isSpoiled || end.offset != w.size

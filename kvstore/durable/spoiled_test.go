@@ -501,3 +501,39 @@ func TestCloseCannotHealTheMiddle(t *testing.T) {
 		}
 	}
 }
+
+// Ensure that Close does not read the current file for long on a slow disk.
+func TestCloseReadsForAShortTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir := storetest.New()
+		dir.Segment, dir.Compact, dir.Reserve = 64<<20, 64<<20, 1<<20
+		d, err := Open(t.Context(), dir, Options{Fsync: FsyncNever,
+			Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 20 {
+			d.Put(fmt.Sprint(i), strings.Repeat("v", 1<<20))
+			d.Commit()
+		}
+		want := maps.Collect(d.All())
+
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "read" {
+				time.Sleep(time.Second / 4)
+			}
+			return nil
+		}
+		began := time.Now()
+		err = d.Close()
+		if took := time.Since(began); err != nil || took > 2*readTime {
+			t.Errorf("Close takes %v: %v", took, err)
+		}
+		dir.Before = nil
+		wantAll(t, "a slow disk", dir, want)
+		if !strings.Contains(log.String(), "no time to read all of the current file") {
+			t.Errorf("the log says\n%s", log)
+		}
+	})
+}

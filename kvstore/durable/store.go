@@ -111,6 +111,7 @@ const (
 	roomTime     = time.Second / 10 // before a full disk is asked for room again
 	compactTime  = time.Minute      // before the next try of a compaction, and at most of a heal
 	lookTime     = time.Second      // between two checks of what others have done to the files
+	readTime     = 2 * time.Second  // for Close to read the current file again
 )
 
 // Store is a kvstore.Store whose Commit returns once everything before it is in a
