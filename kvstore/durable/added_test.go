@@ -116,6 +116,9 @@ func TestStrayLogFile(t *testing.T) {
 	if !errors.As(err, new(*storage.DamageError)) || errors.Is(err, ErrStray) {
 		t.Errorf("a short copy: %v", err)
 	}
+	if _, err = openSmall(image.With("seg-3.log", others), Options{}); !errors.Is(err, ErrStray) {
+		t.Errorf("another store's file behind a damaged one: %v", err)
+	}
 }
 
 // Ensure that an older log file which somebody puts into the directory is removed durably: a power

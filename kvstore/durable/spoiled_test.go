@@ -537,3 +537,74 @@ func TestCloseReadsForAShortTime(t *testing.T) {
 		}
 	})
 }
+
+// Ensure that the timer does not write while Close reads the current file: Close would take its frame
+// for somebody else's.
+func TestCloseReadsBesideTheTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+
+		reads := 0
+		dir.Before = func(c storetest.Call) error {
+			if reads++; c.What == "read" {
+				<-time.After(2 * vouchTime)
+			}
+			return nil
+		}
+		err := d.Close()
+		if err != nil || reads == 0 || strings.Contains(log.String(), "ERROR") {
+			t.Errorf("Close: %v after %d reads, and logs\n%s", err, reads, log)
+		}
+	})
+}
+
+// Ensure that Close does not read the current file where nobody can change it in place, as in etcd.
+func TestCloseReadsNothingInEtcd(t *testing.T) {
+	dir := storetest.New()
+	dir.Segment, dir.Compact, dir.Reserve = 1<<20, 1<<20, 0
+	d, err := Open(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("key", "value")
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "read" {
+			t.Error("Close reads", c.Name)
+		}
+		return nil
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Ensure that a Close that cannot read the current file writes no frame if the store is another
+// process's by then.
+func TestCloseWritesNothingIntoAnothersStore(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("key", "value")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+
+	dir.Before = func(c storetest.Call) error {
+		dir.Mu.Lock()
+		defer dir.Mu.Unlock()
+		switch {
+		case c.What == "read" && c.Name == "seg-1.log":
+			dir.Moved = storage.ErrMoved
+			return syscall.EIO
+		case c.What == "write":
+			t.Error("Close writes to", c.Name)
+		}
+		return nil
+	}
+	if err := d.Close(); !errors.Is(err, ErrSpoiled) {
+		t.Errorf("Close: %v", err)
+	}
+}
