@@ -108,6 +108,17 @@ func TestStrayLogFile(t *testing.T) {
 			t.Errorf("%s: Check: %v, and says\n%s", c.what, err, text)
 		}
 	}
+
+	// A copy for which the disk had no room: without the empty file it would open, with less data.
+	short := dir.Names["seg-2.log"].Data
+	image := dir.With("seg-2.log", short[:len(short)-frameSize-1]).With("seg-3.log", nil)
+	_, err := openSmall(image, Options{})
+	if !errors.As(err, new(*storage.DamageError)) || errors.Is(err, ErrStray) {
+		t.Errorf("a short copy: %v", err)
+	}
+	if _, err = openSmall(image.With("seg-3.log", others), Options{}); !errors.Is(err, ErrStray) {
+		t.Errorf("another store's file behind a damaged one: %v", err)
+	}
 }
 
 // Ensure that an older log file which somebody puts into the directory is removed durably: a power

@@ -677,7 +677,7 @@ func TestRefusedRemovesAskSeldom(t *testing.T) {
 			for range 5 {
 				before := dir.Calls
 				for i := range int64(1000) {
-					if err := ask(700 + i); !storage.IsFull(err) {
+					if err := ask(700 + i%2); !storage.IsFull(err) {
 						t.Fatalf("removes %d: a request on a full disk: %v", removes, err)
 					}
 				}
@@ -685,6 +685,14 @@ func TestRefusedRemovesAskSeldom(t *testing.T) {
 					t.Errorf("removes %d: 1000 refused requests make %d calls", removes, n)
 				}
 				<-time.After(roomTime)
+			}
+
+			// A refused Remove is no reason to refuse a Delete, which may use all of SPARE.
+			ask(700)
+			if long := strings.Repeat("k", 500); removes == 1 {
+				if err := d.Room(long, 1000, 1); err != nil {
+					t.Errorf("a Delete behind a refused Remove: %v", err)
+				}
 			}
 
 			// Less may fit, and so it is tried.

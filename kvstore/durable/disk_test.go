@@ -561,6 +561,22 @@ func TestOverwrittenRealFile(t *testing.T) {
 	}
 }
 
+// Ensure that a start says that a directory with a log file's name may be somebody else's.
+func TestDirectoryAsLogFile(t *testing.T) {
+	path := t.TempDir()
+	d, err := openAt(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	if err := os.Mkdir(filepath.Join(path, "seg-50.log"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openAt(path, Options{}); !errors.Is(err, ErrStray) {
+		t.Errorf("a start: %v", err)
+	}
+}
+
 // at opens the directory at path, calls f, and closes the directory.
 func at[T any](path string, f func(storage.Directory) (T, error)) (result T, err error) {
 	dir, err := storage.OpenDisk(path, nil)

@@ -182,15 +182,18 @@ func (d *Store) lastLook() error {
 // and the end of that file. It takes as long as a start takes for one segment. A change in the middle
 // that comes later, while Close writes its last frame, is not seen.
 func (d *Store) fullLook() error {
-	err := d.readBack()
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrSpoiled, err)
+	readErr := d.readBack()
+	err := d.lastLook() // in any case, because other files may have to be written again
+	if readErr != nil {
+		return fmt.Errorf("%w: %w", ErrSpoiled, errors.Join(readErr, err))
 	}
-	return d.lastLook()
+	return err
 }
 
 // readBack reads the current file as a start does, and notes whether its frames are still as they
-// were written, so that the next look heals it if not. An error means that it cannot be read.
+// were written, so that the next look heals it if not. An error means that it cannot be read. On a
+// slow disk, or if no new file could be made for long, it reads for readTime only: a stop that takes
+// longer is broken off.
 func (d *Store) readBack() error {
 	// Meanwhile the timer must not write.
 	d.writing <- struct{}{}
@@ -204,8 +207,19 @@ func (d *Store) readBack() error {
 	l := &logReader{dir: d.dir, name: w.header.name(), path: w.path, f: lentFile{w.f}, size: w.size,
 		limit: w.size}
 	l.beginBehind(w.header)
-	end, err := l.scan(func(*logReader, frame, []byte) error { return nil })
-	if err != nil {
+	began, errSlow := time.Now(), errors.New("the disk is slow")
+	end, err := l.scan(func(*logReader, frame, []byte) error {
+		if time.Since(began) > readTime {
+			return errSlow
+		}
+		return nil
+	})
+	switch {
+	case err == errSlow:
+		d.log.Warn("no time to read all of the current file again, so a change in it may be unseen",
+			"file", w.path, "bytes", w.size, "read", l.offset)
+		return nil
+	case err != nil:
 		return w.named("read", err)
 	}
 	w.isSpoiled = w.isSpoiled || end.offset != w.size

@@ -332,8 +332,14 @@ func (s *files) checkEnd(end logEnd) error {
 		return nil
 	}
 
+	// If this file is damaged itself, as in a copy for which the disk had no room, an empty file behind
+	// it may be the store's own. Without that file a start would take the damage for a torn end.
 	at.What = "the frame that says that another file follows is missing"
-	return s.perhapsStray(cmp.Or(end.bad, error(at)), s.logs[s.at].name)
+	next := s.logs[s.at]
+	if end.bad != nil && next.size < headerSize {
+		return end.bad
+	}
+	return s.perhapsStray(cmp.Or(end.bad, error(at)), next.name)
 }
 
 // isFollowed reports whether there is, or was, a segment with a higher number by now.

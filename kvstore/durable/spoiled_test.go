@@ -395,9 +395,9 @@ func wantAllOrRefused(t *testing.T, what string, images []*storetest.Dir,
 }
 
 // Ensure that Close reads the current file a second time if it cannot be read, and returns an error
-// if that fails, too: somebody may have changed it.
+// if that fails, too: somebody may have changed it. Then the next start refuses what was changed.
 func TestCloseCannotReadTheMiddle(t *testing.T) {
-	for _, fails := range []int{1, 2} {
+	for _, fails := range []int{1, 3} { // the second read is the first look's
 		synctest.Test(t, func(t *testing.T) {
 			dir, d := newSmall(t, Options{})
 			d.Put("key", "value")
@@ -417,9 +417,12 @@ func TestCloseCannotReadTheMiddle(t *testing.T) {
 			err := d.Close()
 			dir.Before = nil
 
-			if fails == 2 {
+			if fails > 1 {
 				if !errors.Is(err, ErrSpoiled) || !errors.Is(err, syscall.EIO) {
 					t.Errorf("Close: %v", err)
+				}
+				if _, err := openSmall(dir, Options{}); !errors.As(err, new(*storage.DamageError)) {
+					t.Errorf("the next start says %v", err)
 				}
 				return
 			}
@@ -429,5 +432,179 @@ func TestCloseCannotReadTheMiddle(t *testing.T) {
 			}
 			wantAll(t, "read again", dir, map[string][]string{"key": {"value"}})
 		})
+	}
+}
+
+// Ensure that Close writes the other files again even if the current one cannot be read.
+func TestCloseCannotReadButHeals(t *testing.T) {
+	for _, gone := range []string{storage.StoreName, "seg-1.log"} {
+		dir, d := newSmall(t, Options{})
+		d.minCompact = 1 << 40
+		fillUntil(d, func() bool { return d.number() == 2 && d.size > headerSize })
+		want := maps.Collect(d.All())
+		dir.Remove(gone)
+
+		// The first read is that of all frames.
+		failed := false
+		dir.Before = func(c storetest.Call) error {
+			if c.What != "read" || c.Name != "seg-2.log" || failed {
+				return nil
+			}
+			failed = true
+			return syscall.EIO
+		}
+		d.AwaitCompaction()
+		if err := d.fullLook(); !failed || !errors.Is(err, ErrSpoiled) {
+			t.Errorf("%s: %v", gone, err)
+		}
+		dir.Before = nil
+		wantAll(t, gone, dir.Kill(), want)
+		d.Close()
+	}
+}
+
+// Ensure that if Close cannot write again what somebody has changed, the next start refuses it, and
+// does not take it for a torn end, whatever Options.Fsync says.
+func TestCloseCannotHealTheMiddle(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Second} {
+		for _, at := range []int{0, 5} {
+			synctest.Test(t, func(t *testing.T) {
+				dir, d := newSmall(t, Options{Fsync: fsync})
+				starts := []int64{headerSize}
+				for range 6 {
+					d.Put("key", strings.Repeat("v", 100))
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+					starts = append(starts, d.size)
+				}
+				dir.Names["seg-1.log"].Data[starts[at]+frameSize+20] ^= 1
+
+				dir.Before = func(c storetest.Call) error {
+					if c.What == "create" {
+						return syscall.ENOSPC
+					}
+					return nil
+				}
+				err := d.Close()
+				dir.Before = nil
+				if !errors.Is(err, ErrSpoiled) {
+					t.Errorf("fsync %v, frame %d: Close: %v", fsync, at+1, err)
+				}
+
+				again, err := openSmall(dir, Options{})
+				if !errors.As(err, new(*storage.DamageError)) {
+					t.Errorf("fsync %v, frame %d: the next start: %v", fsync, at+1, err)
+					again.Close()
+				}
+			})
+		}
+	}
+}
+
+// Ensure that Close does not read the current file for long on a slow disk.
+func TestCloseReadsForAShortTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir := storetest.New()
+		dir.Segment, dir.Compact, dir.Reserve = 64<<20, 64<<20, 1<<20
+		d, err := Open(t.Context(), dir, Options{Fsync: FsyncNever,
+			Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 20 {
+			d.Put(fmt.Sprint(i), strings.Repeat("v", 1<<20))
+			d.Commit()
+		}
+		want := maps.Collect(d.All())
+
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "read" {
+				time.Sleep(time.Second / 4)
+			}
+			return nil
+		}
+		began := time.Now()
+		err = d.Close()
+		if took := time.Since(began); err != nil || took > 2*readTime {
+			t.Errorf("Close takes %v: %v", took, err)
+		}
+		dir.Before = nil
+		wantAll(t, "a slow disk", dir, want)
+		if !strings.Contains(log.String(), "no time to read all of the current file") {
+			t.Errorf("the log says\n%s", log)
+		}
+	})
+}
+
+// Ensure that the timer does not write while Close reads the current file: Close would take its frame
+// for somebody else's.
+func TestCloseReadsBesideTheTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		d.Put("key", "value")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+
+		reads := 0
+		dir.Before = func(c storetest.Call) error {
+			if reads++; c.What == "read" {
+				<-time.After(2 * vouchTime)
+			}
+			return nil
+		}
+		err := d.Close()
+		if err != nil || reads == 0 || strings.Contains(log.String(), "ERROR") {
+			t.Errorf("Close: %v after %d reads, and logs\n%s", err, reads, log)
+		}
+	})
+}
+
+// Ensure that Close does not read the current file where nobody can change it in place, as in etcd.
+func TestCloseReadsNothingInEtcd(t *testing.T) {
+	dir := storetest.New()
+	dir.Segment, dir.Compact, dir.Reserve = 1<<20, 1<<20, 0
+	d, err := Open(t.Context(), dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Put("key", "value")
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "read" {
+			t.Error("Close reads", c.Name)
+		}
+		return nil
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Ensure that a Close that cannot read the current file writes no frame if the store is another
+// process's by then.
+func TestCloseWritesNothingIntoAnothersStore(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.Put("key", "value")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+
+	dir.Before = func(c storetest.Call) error {
+		dir.Mu.Lock()
+		defer dir.Mu.Unlock()
+		switch {
+		case c.What == "read" && c.Name == "seg-1.log":
+			dir.Moved = storage.ErrMoved
+			return syscall.EIO
+		case c.What == "write":
+			t.Error("Close writes to", c.Name)
+		}
+		return nil
+	}
+	if err := d.Close(); !errors.Is(err, ErrSpoiled) {
+		t.Errorf("Close: %v", err)
 	}
 }

@@ -110,6 +110,7 @@ const (
 	roomTime     = time.Second / 10 // before a full disk is asked for room again
 	compactTime  = time.Minute      // before the next try of a compaction, and at most of a heal
 	lookTime     = time.Second      // between two checks of what others have done to the files
+	readTime     = 2 * time.Second  // for Close to read the current file again
 )
 
 // Store is a kvstore.Store whose Commit returns once everything before it is in a
@@ -605,9 +606,11 @@ func (d *Store) Close() error {
 	}
 	d.stopTimer()
 
-	// Without this frame the next start is as after a crash, which is no error.
-	if err == nil {
-		err = d.writeCleanStop()
+	// Without this frame the next start is as after a crash, which is no error. But if frames are
+	// damaged, that start would take them for a torn end, and cut off all that follows.
+	isSpoiled := errors.Is(err, ErrSpoiled) && d.lock.Held() == nil
+	if err == nil || isSpoiled {
+		err = errors.Join(err, d.writeCleanStop())
 	}
 
 	// On a full disk SPARE gets the room that is cut off, for Deletes after the next start.
