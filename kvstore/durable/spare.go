@@ -150,27 +150,24 @@ func (d *Store) roomBeside(need, wanted int64) error {
 type refusal struct {
 	why   error
 	need  int64     // bytes of log
-	room  int64     // bytes in the log and in SPARE then
 	until time.Time // the end of its time
 }
 
 // roomToFree is Room for a request that frees room. Shortly after the refusal last, a request that
-// needs as much is refused without asking the disk, which takes many calls, unless the log or SPARE
-// has more room by now.
+// needs as much is refused without asking the disk, which takes many calls.
 func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 	if d.zerosAhead == 0 {
 		return d.dir.RoomFor(need, wanted, true)
 	}
 
-	if need >= last.need && d.room+d.spare.fileSize <= last.room && time.Now().Before(last.until) {
+	if need >= last.need && time.Now().Before(last.until) {
 		return last.why
 	}
 
 	*last = refusal{}
 	err := d.takeRoom(need, wanted)
 	if err != nil {
-		*last = refusal{why: err, need: need, room: d.room + d.spare.fileSize,
-			until: time.Now().Add(roomTime)}
+		*last = refusal{why: err, need: need, until: time.Now().Add(roomTime)}
 	}
 	return err
 }
