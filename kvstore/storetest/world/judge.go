@@ -18,7 +18,6 @@ const (
 	goneTime   = time.Second             // limit of a Take whose client has gone
 	expireTime = 100 * time.Millisecond  // a key is gone by then after its deadline
 	steadyRate = 256 << 10               // bytes a second: who reads this fast loses nothing
-	shared     = 8                       // messages of a queue that may hold several replies
 )
 
 // heard is an operation, and the fake time at which it was answered.

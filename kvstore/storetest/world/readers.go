@@ -282,11 +282,11 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
 
-	// A long reply that has begun may wait while queues are full, a full memory or disk may refuse
-	// the mark, and where ticks come late it takes long until a client counts as slow.
+	// A reply of several messages that has begun may wait while queues are full, a full memory or disk
+	// may refuse the mark, and where ticks come late it takes long until a client counts as slow.
 	s := v.settings
 	hasLimit := s.MaxQueues < 1<<30 || s.MaxMemory > 0
-	mayWait := hasLimit && 2*replySize > min(shared*s.MaxMessage, int(s.MaxQueues)) || v.late > 0
+	mayWait := hasLimit && 2*replySize > s.MaxMessage || v.late > 0
 	if err == nil && !mayWait && !v.isDisturbed() && !v.mayRefuse() &&
 		!slices.Contains(lines, key+":"+mark) {
 		v.fail("%s: what it wrote without reading has had no effect: %d lines, %s", v.id,
