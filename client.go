@@ -33,7 +33,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a read buffer, at most; four times as many for lines of over 8 KiB
+	burstSize = 64 << 10 // bytes of a read buffer; up to 4 times as many for lines of over 8 KiB
 
 	// However much memory others take, a client gets a read buffer of grantedSize bytes and a chain of
 	// grantedChain queries, and the key of its waiting Take may have grantedKey bytes.
@@ -100,7 +100,7 @@ const (
 //	progress             T               -         T        S (pacedConn)  the latest word counts
 //	done                 T               S         S        -              -
 //	the chain, outbox    RW              RW        RW       -              queries, go, done
-//	in                   RW              -         -        R (came)       closing buffer
+//	in                   RW              -         -        R (newBytes)   closing buffer
 //	  its lines' memory  RW              R         R        -              queries, go, done
 //	underWay, takeUntil  RW              -         -        -              -
 //	reason               RW              R         -        -              depart
@@ -595,7 +595,8 @@ func (c *Client) stopWaiting(how queryType) {
 // ---- input: its time
 
 // setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
-// within quietAfter, so that tick can give memory back and count the line's time. One deadline
+// within quietAfter, so that tick can give memory back and count the line's time. (While a Take may
+// wait, Read ends when its time does, if not before.) One deadline
 // serves many Reads, because setting one for each would slow down every burst.
 func (c *Client) setTick() {
 	in := &c.in
@@ -677,7 +678,7 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 // ---- input: its memory
 
 // need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries: granted are those that every client may have, beyond are the others.
+// chain holds so many queries: granted: what every client may have; beyond: the rest.
 func (in *input) need(size, queries int) (granted, beyond int64) {
 	buffers := size + max(in.lentSize(size), len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
@@ -707,7 +708,7 @@ const querySize = int(unsafe.Sizeof(Query{}))
 func (c *Client) resizeInput() bool {
 	in, b, size := &c.in, &c.server.budget, len(c.in.buf)
 
-	// The long line has ended, and others need its memory.
+	// The long line has ended, and others may need its memory.
 	if in.forLine && in.pending < grantedSize {
 		in.forLine, size = false, min(size, grantedSize)
 		c.resizeBuf(size)
@@ -781,7 +782,7 @@ type endedLine struct {
 }
 
 // passOn gives up the memory of the long line that has ended, and of its chain. Others may have the
-// buffer, unless inputs have more than their share.
+// buffer, unless all inputs together have more than forInput.
 func (c *Client) passOn() {
 	in, b := &c.in, &c.server.budget
 	ended := endedLine{in.lent, min(in.counted, int64(len(in.lent)))}
@@ -890,8 +891,8 @@ func (c *Client) awaitLineMemory(size int) bool {
 // mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request that
 // frees makes memory for all others, so freeing is for these alone. Lines that had a slot may keep
 // their memory for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody
-// reads replies: so they have a limit. It is one maxLine more than all shares, so a single line does
-// not reach it.
+// reads replies: so they have a limit. Together they may have
+// all shares and one maxLine more, so that a single line is never refused.
 func (c *Client) mayHaveSlot(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
@@ -1778,8 +1779,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// A client may be cut after Ack, or while it waits for a Keys or Dump. Another client may be cut if
-	// it has sent long lines (waitingText) and this reply may not be dropped. (For pinned values any
+	// A client may be cut after Ack, or while it waits for a Keys or Dump. Without Ack a client may be
+	// cut if it has sent long lines (waitingText) and this reply may not be dropped. (For pinned values any
 	// client may be cut: see decide.)
 	mayCut := o.acked || o.listing != nil || o.waitingText > 0 && !mayDrop
 

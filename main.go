@@ -23,6 +23,7 @@
 //	message   bytes of replies that wait in a client's buffer to be written
 //	outbox    where a client's replies become messages
 //	holder    the one goroutine that has a client's chain now, and with it the client's outbox
+//	long line a line for which a client needs a larger read buffer than for bursts (forLine)
 //	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
 //	drip      a client drips if it takes fewer than 256 KiB a second while replies wait (noteWait)
 //	parked    a Take is parked while it waits, in takes, for a value
@@ -219,6 +220,9 @@ type config struct {
 
 // flags returns a flag set that reads a command line into c, and puts the defaults there. A flag's
 // text, with its default at the end, is in the README, in -h, and in messages about wrong values.
+//
+// To add a flag, add: its field and default in config, its row in the README, serverFlags or
+// strayFlags if it is not for all, wrongValues in the tests, and what New or applyLimits does with it.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)

@@ -582,7 +582,7 @@ func (s *keyValueServer) workLoop() {
 
 	always := make(chan struct{}) // always ready
 	close(always)
-	var alarm <-chan time.Time // nil: not set
+	var expiry <-chan time.Time // for keys whose time is over, while no requests come; nil: not set
 
 	// Somebody may change the store's files while no requests come.
 	var fileCheck <-chan time.Time // nil: the store is in memory
@@ -598,8 +598,8 @@ func (s *keyValueServer) workLoop() {
 		if len(s.turns) > 0 || s.overdue == someOverdue {
 			more = always
 		}
-		if alarm == nil && s.db.Expiring() > 0 {
-			alarm = time.After(expireTime)
+		if expiry == nil && s.db.Expiring() > 0 {
+			expiry = time.After(expireTime)
 		}
 
 		select {
@@ -619,8 +619,8 @@ func (s *keyValueServer) workLoop() {
 			s.gathering.timedOut = true
 			s.runBatch(s.nextQuery())
 
-		case <-alarm:
-			alarm = nil
+		case <-expiry:
+			expiry = nil
 			s.runBatch(nil)
 		case <-fileCheck:
 			s.checkFiles()
@@ -1264,8 +1264,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                                                      of grantedChain
 //	a line that has  its buffer, up to            forInput, grantedInput  it waits for memory or a
 //	begun            -max-line, and grantedSize   for each; with slots    slot (anyLine, freeing);
-//	                                              (mayHaveSlot) queues    one that hardly comes is
-//	                                              and three lines more    skipped while others wait
+//	                                              (mayHaveSlot) also      one that hardly comes is
+//	                                              forQueues, three lines  skipped while others wait
 //	lines that have  -                            maxEnded buffers of     a line that has begun
 //	ended                                         forInput (passOn)       takes their memory
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
@@ -1297,8 +1297,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	waits            a half-close 3 KiB           lines                   counts as data
 //	                                                                      (memoryPerClient)
 //	goroutines       three, and Client            memoryPerClient each,   one more client is told
-//	                                              as data: half of it     that the server is full
-//	                                              (applyLimits)
+//	                                              at most half of what    that the server is full
+//	                                              data may take
 //	TLS handshakes   memoryPerShake               half of the reserve     one more takes the place of
 //	                                                                      another (fewConns), and
 //	                                                                      waits (shaking) until
@@ -1322,7 +1322,7 @@ type budget struct {
 	keyLists     atomic.Int64 // of queued: keys to be listed
 	waitingLines atomic.Int64 // long lines whose replies wait
 	inputs       atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	granted      atomic.Int64 // of these buffers and chains, what each client may have (grantedInput)
+	granted      atomic.Int64 // of these, what each client may have in any case (grantedInput)
 	store        atomic.Int64 // store and clients, as workLoop last noted them
 	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
 

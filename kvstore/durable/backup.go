@@ -96,7 +96,7 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return cmp.Or(checkNames(dir), fmt.Errorf("%w at %s", ErrNoStore, dir.Path("")))
 	}
 
-	// STORE comes last. Without it no start takes the directory for a store, except for a new one if
+	// STORE comes last. A start refuses a copy without it, or makes a new store if
 	// nothing has been copied yet.
 	defer closeLogs(c.logs)
 	for !c.done {

@@ -88,8 +88,8 @@ func (d *Store) isStrangeLock() bool {
 // lookForFiles checks whether somebody has changed the store's files, and mends them: otherwise
 // answered writes would be lost when the server ends. A heal that fails is tried again later. Until
 // then writes are refused, while requests that read or free room go on in the file that the store
-// has open. lookForFiles returns an error if the next start would refuse the files as they are. While
-// a compaction runs, changes of older files are not seen.
+// has open. lookForFiles returns an error if the next start would refuse the files as they are, or if
+// it could not look. While a compaction runs, changes of older files are not seen.
 func (d *Store) lookForFiles() error {
 	// A compaction that has ended does not count.
 	began, isCompacting := time.Now(), d.isCompacting()

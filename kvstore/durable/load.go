@@ -353,7 +353,7 @@ func (s *files) isFollowed(number uint64) bool {
 // before frame next. Then nothing of that file is missing. If that file had more frames, its end is
 // damaged: a rotation makes the next file only when all of the old one is on disk.
 func (s *files) isUnused(l *logReader, next uint64) bool {
-	// first counts the frame that was to say that this file follows.
+	// first is one higher than next if that frame (frameNext) was not written.
 	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1
 }
 

@@ -153,8 +153,9 @@ type refusal struct {
 	until time.Time // the end of its time
 }
 
-// roomToFree is Room for a request that frees room. Shortly after the refusal last, a request that
-// needs as much is refused without asking the disk, which takes many calls.
+// roomToFree is Room for a request that frees room. Shortly after a refusal, which last has, a
+// request that needs as many bytes, or more, is refused without asking the disk, which takes many
+// calls.
 func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 	if d.zerosAhead == 0 {
 		return d.dir.RoomFor(need, wanted, true)

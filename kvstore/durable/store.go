@@ -141,7 +141,7 @@ type Store struct {
 	roomAfter   time.Time // until then writes of that size or more are refused without a try
 	mostRefused int64     // bytes of the largest refused write since writes were last taken; 0: none
 	noDelete    refusal   // the last refused request that removes its key
-	noRemove    refusal   // the last refused one of the others that free room
+	noRemove    refusal   // the last refused Remove or Take that leaves values
 
 	// Compaction.
 	segmentSize, minCompact int64            // the directory's Sizes
