@@ -243,7 +243,7 @@ func (c *Client) readFromClient() {
 	isAnswered := c.await()
 	c.in = input{line: c.in.line, newBytes: c.in.newBytes, counted: c.in.counted, granted: c.in.granted}
 	c.countInput()
-	c.server.budget.giveUpEnded()
+	c.server.budget.giveUpEnded(0)
 	if isAnswered {
 		c.tellLoss()
 	}
@@ -779,20 +779,21 @@ func (c *Client) acquireForLine(size int) bool {
 type endedLine struct {
 	buf     []byte
 	counted int64 // its bytes that stay counted in budget.inputs
+	at      time.Time
 }
 
 // passOn gives up the memory of the long line that has ended, and of its chain. Others may have the
 // buffer, unless all inputs together have more than forInput.
 func (c *Client) passOn() {
 	in, b := &c.in, &c.server.budget
-	ended := endedLine{in.lent, min(in.counted, int64(len(in.lent)))}
+	ended := endedLine{in.lent, min(in.counted, int64(len(in.lent))), time.Now()}
 	in.lent, in.queries = nil, nil
 
 	if len(ended.buf) > grantedSize && b.inputs.Load() <= b.forInput() {
 		select {
 		case b.ended <- ended:
 			in.counted -= ended.counted
-			b.endedAt.Store(time.Now().UnixNano())
+			b.endedAt.Store(ended.at.UnixNano())
 		default:
 		}
 	}
@@ -815,11 +816,19 @@ func (c *Client) takeOver(ended endedLine, size int) bool {
 	return true
 }
 
-// giveUpEnded gives up the buffer of one line that has ended. Each client calls it when it becomes
-// quiet and when it goes, so no more of them are kept than there are clients that use them.
-func (b *budget) giveUpEnded() {
+// giveUpEnded gives up the buffer of one line that has ended, if that was least ago. Each client calls
+// it when it becomes quiet and when it goes, so no more of them are kept than there are clients that
+// use them; and once in a while for a buffer that nobody has used for so long.
+func (b *budget) giveUpEnded(least time.Duration) {
 	select {
 	case ended := <-b.ended:
+		if time.Since(ended.at) < least {
+			select {
+			case b.ended <- ended:
+				return
+			default: // others have filled the place
+			}
+		}
 		b.inputs.Add(-ended.counted)
 	default:
 	}
@@ -939,9 +948,11 @@ func (c *Client) shrinkInput() {
 		size *= 8
 	}
 
+	least := quietAfter // for a buffer that a busy client may soon use again
 	if size == quietSize {
-		c.server.budget.giveUpEnded()
+		least = 0
 	}
+	c.server.budget.giveUpEnded(least)
 	if size < burstSize {
 		in.lent, in.queries = nil, nil
 	}
@@ -1012,13 +1023,22 @@ func (c *Client) endInput(err error) {
 		c.stopWaiting(dropTake)
 	}
 
+	// Of the begun line only this is needed. A Take that waits, perhaps for an hour, has memory of its
+	// own.
+	hasBegun := in.pending > 0
+	isLong := hasBegun && len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine
+	if c.mayTakeWait() {
+		in.lent, in.queries, in.pending = nil, nil, 0
+		c.resizeBuf(0)
+	}
+
 	switch {
 	case !c.await(): // await has noted the reason
 	case errors.Is(err, io.EOF):
 		// The last line may be torn, so it is not run.
-		if in.pending > 0 {
+		if hasBegun {
 			in.line++
-			if len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine {
+			if isLong {
 				c.answerFault(tooLong(c.server.maxLine))
 			} else {
 				c.answerFault("the last line has no newline at its end, so it was not run")

@@ -2081,6 +2081,7 @@ func TestMemoryLimitCountsWhatIsAlive(t *testing.T) {
 	s.budget.inputs.Store(1 << 20)
 	s.noteMemory()
 	s.budget.inputs.Store(0)
+	s.noteMemory()
 	for _, unknown := range []int64{0, 1 << 20} {
 		s.budget.collected(s.budget.store.Load() + 1<<20)
 		is.Equal(t, "bytes of unknown use", s.budget.other.Load(), unknown)
@@ -2557,6 +2558,81 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 
 		closeClients(clients)
 	})
+}
+
+// Ensure that buffers of long lines that have ended are given up if nobody uses them for a while, though
+// the clients that made them stay busy, or have half-closed behind a Take that waits.
+func TestMemoryLimitOfEndedLines(t *testing.T) {
+	for _, end := range []string{"", "Take:none:3600\nSet:k:" + strings.Repeat("v", 5*kilo)} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			b := &n.server.budget
+			b.limitTo(64<<20, 0)
+
+			// All lines have begun before the first one ends, so no other line gets its buffer.
+			clients := n.DialMany(t, 24, func(_ int, o *protocol.Client) {
+				o.Ask("Ack", ":OK 0")
+				go o.SendSome("Remove:k:" + strings.Repeat("p", 250*kilo))
+			})
+			world.Pass(quietAfter / 2)
+			is.Between(t, "bytes of lines that have begun", b.inputs.Load(), b.forBursts(), b.forInput())
+			for _, o := range clients {
+				if o.SendSome("\n" + end); end != "" {
+					o.Conn.CloseWrite()
+				} else {
+					o.Want(":OK 0")
+				}
+			}
+			world.Pass(lookTime)
+			is.Between(t, "buffers of lines that have ended", len(b.ended), 1, maxEnded)
+
+			busy := clients
+			if end != "" {
+				busy = []*protocol.Client{n.Dial(t)}
+			}
+			for range 2 * len(clients) {
+				for _, o := range busy {
+					o.Ask("Ping:"+strings.Repeat("p", kilo), ":PONG "+strings.Repeat("p", kilo))
+				}
+				world.Pass(quietAfter)
+			}
+			is.Equal(t, "bytes of input that are counted", b.inputs.Load(), 0)
+			closeClients(append(clients, busy...))
+			world.Pass(quietAfter)
+		})
+	}
+}
+
+// Ensure that a line does not wait long for the buffer of one that has ended: if that is too small it
+// gets a slot. While the lines whose replies wait have their limit, it gets neither.
+func TestMemoryLimitOfALineBehindAShorterOne(t *testing.T) {
+	for _, tooMany := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			b := &n.server.budget
+			b.limitTo(64<<20, 0)
+			b.inputs.Add(b.forBursts())
+			a, o := n.DialAck(t), n.DialAck(t)
+			a.Ask("Remove:k:"+strings.Repeat("p", 100*kilo), ":OK 0")
+			synctest.Wait()
+			is.Equal(t, "buffers of lines that have ended", len(b.ended), 1)
+
+			others, size := b.forInput()-b.inputs.Load(), 300*kilo
+			if b.inputs.Add(others); tooMany {
+				b.waitingLines.Add(b.forQueues())
+				size = 50 * kilo
+			}
+			go o.SendSome("Put:k:" + strings.Repeat("p", size) + "\n")
+			world.Pass(lookTime * 5 / 4)
+			is.Equal(t, "it waits", b.anyLine.waiting.Load() > 0, tooMany)
+
+			if tooMany {
+				b.waitingLines.Add(-b.forQueues())
+			}
+			o.Want(":OK 1")
+			b.inputs.Add(-others - b.forBursts())
+		})
+	}
 }
 
 // Ensure that lines that come before replies that nobody reads have a limit, also if they free, and are
