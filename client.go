@@ -35,8 +35,8 @@ const (
 	quietSize = 512      // bytes of a quiet client's read buffer
 	burstSize = 64 << 10 // bytes of a read buffer; up to 4 times as many for lines of over 8 KiB
 
-	// However much memory others take, a client gets a read buffer of grantedSize bytes and a chain of
-	// grantedChain queries, and the key of its waiting Take may have grantedKey bytes.
+	// However much memory others take, a client gets a read buffer of grantedSize bytes and a chain
+	// of grantedChain queries, and the key of its waiting Take may have grantedKey bytes.
 	grantedSize  = 4 << 10
 	grantedChain = 32
 	grantedKey   = 2 << 10
@@ -60,7 +60,8 @@ const (
 	quietAfter = time.Second
 
 	// How long a line may take from its first byte to its end. Ticks of quietAfter count this time;
-	// a tick does not count while replies wait for room, a Take waits, or the line waits for memory.
+	// a tick does not count while replies wait for room, a Take waits, or the line waits for
+	// memory.
 	lineTime = 30 * time.Second
 
 	// A client that sends more behind its Take, or half-closes, is not read until the Take ends.
@@ -151,8 +152,9 @@ type Client struct {
 	// effect. One chain is under way at a time, so with one slot no sender waits.
 	done chan *Query
 
-	// From writeToClient to the chain's holder: true if buffer has room again or the connection takes
-	// bytes again, false if it took none for too long. One slot, because only the latest word counts.
+	// From writeToClient to the chain's holder: true if buffer has room again or the connection
+	// takes bytes again, false if it took none for too long. One slot, because only the latest word
+	// counts.
 	progress chan bool
 
 	index  int           // the client's place in clients; owned by workLoop
@@ -160,8 +162,8 @@ type Client struct {
 	parked *list.Element // the client's waiting Take in takes; owned by workLoop
 	outbox outbox        // owned by the chain's holder
 
-	// Owned by readFromClient. When it departs, it leaves in.newBytes to writeToClient, and reason to
-	// workLoop.
+	// Owned by readFromClient. When it departs, it leaves in.newBytes to writeToClient, and reason
+	// to workLoop.
 	in        input
 	underWay  bool      // a chain was sent, and readFromClient has not waited for it yet (await)
 	takeUntil time.Time // when the waiting Take is told to stop; zero: none waits, or it was told
@@ -287,8 +289,8 @@ type input struct {
 func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // readLines waits for input. It returns the complete lines as one string, whose substrings will be
-// keys and values, and the error that ends the input; a tick is no error. The string is good until the
-// next wholeLines, and until then the chain's holder may read it.
+// keys and values, and the error that ends the input; a tick is no error. The string is good until
+// the next wholeLines, and until then the chain's holder may read it.
 func (c *Client) readLines() (burst string, err error) {
 	in := &c.in
 	if !c.resizeInput() {
@@ -350,8 +352,8 @@ func (in *input) wholeLines(n int) (burst string) {
 		return ""
 	}
 
-	// The next line gets the whole time. A slot is given back now, because the requests of this burst
-	// may wait long for room.
+	// The next line gets the whole time. A slot is given back now, because the requests of this
+	// burst may wait long for room.
 	in.lineTook, in.begunAtTick, in.hardlyCame = 0, false, false
 	in.lineSlot.release()
 
@@ -548,7 +550,8 @@ func (c *Client) await() bool {
 // meanwhile.
 func (c *Client) awaitDone() (chain *Query) {
 	for c.mayTakeWait() {
-		// If the Take's time is over, tell workLoop. A value may still come before it hears of that.
+		// If the Take's time is over, tell workLoop. A value may still come before it hears of
+		// that.
 		left := time.Until(c.takeUntil)
 		if left <= 0 {
 			c.stopWaiting(stopTake)
@@ -659,9 +662,9 @@ func (c *Client) tick() error {
 }
 
 // givesWay notes how much of the begun line, which was there at the last tick, has come since. It
-// reports whether the line is to give its memory up: if it has hardly come in two ticks in a row, and
-// others wait for memory. (In a single tick the server perhaps did not run, or did not read.) A line
-// that frees stays while it comes at all, unless others that free wait.
+// reports whether the line is to give its memory up: if it has hardly come in two ticks in a row,
+// and others wait for memory. (In a single tick the server perhaps did not run, or did not read.) A
+// line that frees stays while it comes at all, unless others that free wait.
 func (in *input) givesWay(b *budget) bool {
 	least, hardlyCameBefore := steadyRate, in.hardlyCame
 	if in.isFreeing() && b.freeing.waiting.Load() == 0 {
@@ -677,8 +680,8 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 
 // ---- input: its memory
 
-// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and the
-// chain holds so many queries: granted: what every client may have; beyond: the rest.
+// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and
+// the chain holds so many queries: granted: what every client may have; beyond: the rest.
 func (in *input) need(size, queries int) (granted, beyond int64) {
 	buffers := size + max(in.lentSize(size), len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
@@ -746,8 +749,8 @@ func (c *Client) resizeInput() bool {
 	return true
 }
 
-// acquireInput counts in budget.inputs what a buf of size bytes and a chain of so many queries take,
-// unless all inputs together would then take more than most bytes. It reports whether it did.
+// acquireInput counts in budget.inputs what a buf of size bytes and a chain of so many queries
+// take, unless all inputs together would then take more than most bytes. It reports whether it did.
 func (c *Client) acquireInput(size, queries int, most int64) bool {
 	_, need := c.in.need(size, max(queries, grantedChain)) // each client may have so many
 	more := max(0, need-c.in.counted)
@@ -816,9 +819,9 @@ func (c *Client) takeOver(ended endedLine, size int) bool {
 	return true
 }
 
-// giveUpEnded gives up the buffer of one line that has ended, if that was least ago. Each client calls
-// it when it becomes quiet and when it goes, so no more of them are kept than there are clients that
-// use them; and once in a while for a buffer that nobody has used for so long.
+// giveUpEnded gives up the buffer of one line that has ended, if that was least ago. Each client
+// calls it when it becomes quiet and when it goes, so no more of them are kept than there are
+// clients that use them; and once in a while for a buffer that nobody has used for so long.
 func (b *budget) giveUpEnded(least time.Duration) {
 	select {
 	case ended := <-b.ended:
@@ -843,8 +846,8 @@ func (b *budget) giveUpEnded(least time.Duration) {
 //     read by half, could wait for each other for ever;
 //   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
 //
-// A line that hardly comes gives way to others that wait (givesWay). awaitLineMemory returns false if
-// the connection is to end.
+// A line that hardly comes gives way to others that wait (givesWay). awaitLineMemory returns false
+// if the connection is to end.
 func (c *Client) awaitLineMemory(size int) bool {
 	in, b := &c.in, &c.server.budget
 
@@ -897,11 +900,11 @@ func (c *Client) awaitLineMemory(size int) bool {
 	return true
 }
 
-// mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request that
-// frees makes memory for all others, so freeing is for these alone. Lines that had a slot may keep
-// their memory for long after their ends, because a Commit lasts, a Keys waits for its turn, or nobody
-// reads replies: so they have a limit. Together they may have
-// all shares and one maxLine more, so that a single line is never refused.
+// mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request
+// that frees makes memory for all others, so freeing is for these alone. Lines that had a slot may
+// keep their memory for long after their ends, because a Commit lasts, a Keys waits for its turn,
+// or nobody reads replies: so they have a limit. Together they may have all shares and one maxLine
+// more, so that a single line is never refused.
 func (c *Client) mayHaveSlot(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
@@ -1023,8 +1026,8 @@ func (c *Client) endInput(err error) {
 		c.stopWaiting(dropTake)
 	}
 
-	// Of the begun line only this is needed. A Take that waits, perhaps for an hour, has memory of its
-	// own.
+	// Of the begun line only this is needed. A Take that waits, perhaps for an hour, has memory of
+	// its own.
 	hasBegun := in.pending > 0
 	isLong := hasBegun && len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine
 	if c.mayTakeWait() {
@@ -1084,8 +1087,8 @@ func (c *Client) depart() {
 // broken off when the server closes.
 const partKeys = 1000
 
-// A list of up to fewKeys does not wait for memory. When a part is full, about sampleKeys of its keys
-// are sorted to find its middle.
+// A list of up to fewKeys does not wait for memory. When a part is full, about sampleKeys of its
+// keys are sorted to find its middle.
 const (
 	fewKeys    = 4096
 	sampleKeys = 1024
@@ -1113,8 +1116,8 @@ type listing struct {
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
-	// Others may take long to read their Keys. A Keys that holds a long line does not wait for that if
-	// lines have more memory than their share, or no other line would get a slot (mayHaveSlot).
+	// Others may take long to read their Keys. A Keys that holds a long line does not wait for that
+	// if lines have more memory than their share, or no other line would get a slot (mayHaveSlot).
 	stop, b := c.server.closeSignal, &c.server.budget
 	if c.in.forLine && b.inputs.Load() > b.forInput() {
 		stop = c.server.serving // this channel is closed, so acquire does not wait
@@ -1473,9 +1476,9 @@ func (c *Client) deliver(chain *Query, size int) {
 	c.done <- chain
 }
 
-// countAsWaiting counts what chain keeps in memory while it waits: its long lines in budget.waitingLines
-// instead of budget.inputs; the slices of its lists in budget.queued; and their values, which others
-// may remove from the store, in budget.pinned. giveBack undoes all of this.
+// countAsWaiting counts what chain keeps in memory while it waits: its long lines in
+// budget.waitingLines instead of budget.inputs; the slices of its lists in budget.queued; and their
+// values, which others may remove from the store, in budget.pinned. giveBack undoes all of this.
 func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 	b, long := o.budget, o.waitingText
 	b.waitingLines.Add(long)
@@ -1503,7 +1506,8 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 // listSize returns how many bytes the slice of q's values takes, without their text.
 func (q *Query) listSize() int64 { return int64(len(q.values)) * stringSize }
 
-// pinnedSize returns how many bytes of values q keeps in memory, whoever removes them from the store.
+// pinnedSize returns how many bytes of values q keeps in memory, whoever removes them from the
+// store.
 func (q *Query) pinnedSize() int64 {
 	if q.bytes > kvstore.ViewMost {
 		return int64(q.bytes)
@@ -1528,7 +1532,8 @@ func (o *outbox) replyAll(chain *Query) {
 const stringSize = 16 // bytes of a string beside its text
 
 // measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
-// broken connection it returns 0 and notes nothing. It looks at no value, because there may be many.
+// broken connection it returns 0 and notes nothing. It looks at no value, because there may be
+// many.
 func (o *outbox) measure(chain *Query) (size int) {
 	if o.client.isGone() {
 		return 0
@@ -1545,8 +1550,8 @@ func (o *outbox) measure(chain *Query) (size int) {
 }
 
 // reply queues the replies to chain's requests, left bytes in all. It formats none before there is
-// room for it. hasRoom means that the caller is workLoop, which does not wait: it has seen room for all
-// of them in one message.
+// room for it. hasRoom means that the caller is workLoop, which does not wait: it has seen room for
+// all of them in one message.
 func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	var msg []byte // nil, or a message that was begun when there was room
 	shared := false
@@ -1606,8 +1611,8 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	}
 }
 
-// firstMessage returns the message in which q's reply begins. There is room for it. While all queues
-// together are over their limit, the reply's messages are small.
+// firstMessage returns the message in which q's reply begins. There is room for it. While all
+// queues together are over their limit, the reply's messages are small.
 func (o *outbox) firstMessage(q *Query) (msg []byte) {
 	o.piece = o.maxMessage
 	if o.budget.isAtLimit() {
@@ -1754,16 +1759,17 @@ const (
 	isCutOff              // with its client's connection, because others need the memory
 )
 
-// decide returns the fate of a reply of n messages, and the reason if its client is cut off. A reply
-// without room waits. If its client is slow, the reply is dropped if mayDrop; otherwise the client
-// is cut off
+// decide returns the fate of a reply of n messages, and the reason if its client is cut off. A
+// reply without room waits. If its client is slow, the reply is dropped if mayDrop; otherwise the
+// client is cut off
 //
 //   - if mayCut, and all queues and waiting chains together are over their limit (isCrowded);
 //   - if its chain pins values, and writes need the memory of such values (needsPinned);
 //   - if others wait for their Keys or Dump, and this is one.
 //
-// In the last two cases a client that drips is cut off, too. In the first case it is cut off only if
-// the lines of waiting chains take so much memory that no other long line gets any (mayTakeLines).
+// In the last two cases a client that drips is cut off, too. In the first case it is cut off only
+// if the lines of waiting chains take so much memory that no other long line gets any
+// (mayTakeLines).
 func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	// The rule of the queue: few shared messages, or many single ones.
 	waiting := len(o.client.buffer)
@@ -1776,8 +1782,8 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 	noneMore := o.claimed == 0 && o.budget.isAtLimit()
 
 	switch {
-	// With nothing queued a reply may always begin: writeToClient tells of room only when it takes a
-	// message out.
+	// With nothing queued a reply may always begin: writeToClient tells of room only when it takes
+	// a message out.
 	case waiting == 0 || hasRoom && !noneMore:
 		return isQueued, ""
 	case o.slow && mayDrop:
@@ -1799,9 +1805,9 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// A client may be cut after Ack, or while it waits for a Keys or Dump. Without Ack a client may be
-	// cut if it has sent long lines (waitingText) and this reply may not be dropped. (For pinned values any
-	// client may be cut: see decide.)
+	// A client may be cut after Ack, or while it waits for a Keys or Dump. Without Ack a client may
+	// be cut if it has sent long lines (waitingText) and this reply may not be dropped. (For pinned
+	// values any client may be cut: see decide.)
 	mayCut := o.acked || o.listing != nil || o.waitingText > 0 && !mayDrop
 
 	for {
@@ -1836,8 +1842,8 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 
 // awaitProgress waits for word from writeToClient. Others may have the core meanwhile.
 func (o *outbox) awaitProgress() {
-	// A reply that waits keeps no core. Its short lists are cloned, so that they keep no memory of the
-	// store; its long ones count as pinned.
+	// A reply that waits keeps no core. Its short lists are cloned, so that they keep no memory of
+	// the store; its long ones count as pinned.
 	had := o.core.taken
 	o.core.release()
 	o.cloneWaiting()
@@ -1890,9 +1896,9 @@ var (
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for left bytes, or for piece if that is less. If the
-// client keeps up, or if the message fills one of large, it borrows memory of a fixed size (chunks,
-// large). Any other message takes no more memory than it needs.
+// newMessage returns an empty message with room for left bytes, or for piece if that is less. If
+// the client keeps up, or if the message fills one of large, it borrows memory of a fixed size
+// (chunks, large). Any other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.unformatted, o.piece)
 
@@ -2049,8 +2055,8 @@ type pacedConn struct {
 	writing atomic.Bool  // a Write is under way; for isBroken
 	taken   atomic.Int64 // bytes in all; for noteWait
 
-	// The connection took bytes after a pause. So the client reads: if its sockets had had room, they
-	// would have taken these bytes without a pause. False again when the client is slow.
+	// The connection took bytes after a pause. So the client reads: if its sockets had had room,
+	// they would have taken these bytes without a pause. False again when the client is slow.
 	resumed bool
 }
 
@@ -2064,8 +2070,8 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		p.setDeadline(time.Now(), lookTime)
 	}
 
-	// The time without a byte taken. It begins below 0, because the first tick, which may have begun
-	// before this Write, does not count.
+	// The time without a byte taken. It begins below 0, because the first tick, which may have
+	// begun before this Write, does not count.
 	stalled, tick := -lookTime, lookTime
 	for {
 		m, err := p.Conn.Write(b[n:])

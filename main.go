@@ -222,7 +222,8 @@ type config struct {
 // text, with its default at the end, is in the README, in -h, and in messages about wrong values.
 //
 // To add a flag, add: its field and default in config, its row in the README, serverFlags or
-// strayFlags if it is not for all, wrongValues in the tests, and what New or applyLimits does with it.
+// strayFlags if it is not for all, wrongValues in the tests, and what New or applyLimits does with
+// it.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -742,7 +743,8 @@ func openStore(ctx context.Context, c config, s *keyValueServer,
 	defer stuck.Stop()
 	defer context.AfterFunc(ctx, func() { stuck.Reset(stopTime / 5) })()
 
-	// Reading the data may take minutes, so a bad certificate is found first. SIGHUP has it read again.
+	// Reading the data may take minutes, so a bad certificate is found first. SIGHUP has it read
+	// again.
 	again := make(chan os.Signal, 1)
 	signal.Notify(again, syscall.SIGHUP)
 	if c.cert != "" {
@@ -1169,7 +1171,8 @@ func (t *talker) dial() (err error) {
 			continue
 		}
 
-		// Close with a reset. The server takes a plain close for a half-close: our Take would wait on.
+		// Close with a reset. The server takes a plain close for a half-close: our Take would wait
+		// on.
 		if tcp, isTCP := underTLS(t.conn).(*net.TCPConn); isTCP {
 			tcp.SetLinger(0)
 		}
@@ -1260,8 +1263,8 @@ func (t *talker) greet() error {
 // Read reads from the connection. It fails with errQuiet if an owed answer does not come, or if the
 // server does not close the connection behind the last answer.
 func (t *talker) Read(p []byte) (n int, err error) {
-	// The sender puts something into owed or sent before it sets a deadline. We take the deadline away
-	// before we look at both. So there is a deadline whenever one of them has something.
+	// The sender puts something into owed or sent before it sets a deadline. We take the deadline
+	// away before we look at both. So there is a deadline whenever one of them has something.
 	t.conn.SetReadDeadline(time.Time{})
 	if len(t.owed) > 0 || len(t.sent) > 0 {
 		t.limitRead()

@@ -114,13 +114,14 @@ type verb struct {
 	searches bool   // it may search a long list, which takes long
 	lists    bool   // it walks the whole store, and is a chain of its own
 
-	// run does the request to the store, and keeps the result in q. It runs on workLoop's goroutine,
-	// and now is the clock. If run is nil, there is nothing to do, or the server does it.
+	// run does the request to the store, and keeps the result in q. It runs on workLoop's
+	// goroutine, and now is the clock. If run is nil, there is nothing to do, or the server does
+	// it.
 	run func(q *Query, db kvstore.Store, now clock)
 
 	// shrinks reports whether a write would leave the store no larger than it is. nil: it would
-	// make the store larger, unless effect is frees. Only -max-memory asks: on a full disk only effect
-	// counts, because each write makes the log longer (admit).
+	// make the store larger, unless effect is frees. Only -max-memory asks: on a full disk only
+	// effect counts, because each write makes the log longer (admit).
 	shrinks func(q *Query, db kvstore.Store) bool
 
 	head, separator string // of each line with a value: before the key, and between key and value
@@ -159,10 +160,10 @@ const (
 // needsKey is what a request with one argument, a key, needs.
 const needsKey = "a key, without a colon in it"
 
-// verbs has a row for each queryType that is parsed, run or answered. (Other places that know a verb
-// by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here Take in
-// mayWait, Expire in parseExpire, Get in appendLine, Delete in removes, Help in init, Help and Quit in
-// lookUp, and what other servers call it in dialects; Ack, Ping and Quit in main.go.)
+// verbs has a row for each queryType that is parsed, run or answered. (Other places that know a
+// verb by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here
+// Take in mayWait, Expire in parseExpire, Get in appendLine, Delete in removes, Help in init, Help
+// and Quit in lookUp, and what other servers call it in dialects; Ack, Ping and Quit in main.go.)
 // To add a verb, add:
 //
 //   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the
@@ -705,8 +706,8 @@ func runTimeLeft(q *Query, db kvstore.Store, now clock) {
 	}
 }
 
-// secondsLeft is the time until at, which is in milliseconds of Unix time, in seconds rounded up. It
-// is at least one second, because an Expire of 0 means that the key stays.
+// secondsLeft is the time until at, which is in milliseconds of Unix time, in seconds rounded up.
+// It is at least one second, because an Expire of 0 means that the key stays.
 func secondsLeft(at int64, now time.Time) string {
 	left := (at - toMilli(now) + 999) / 1000
 	return strconv.FormatInt(max(left, 1), 10)

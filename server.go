@@ -39,8 +39,8 @@ const (
 
 	// How many times workLoop, when its queue is empty, yields before it commits, so that readers
 	// (goroutines of readFromClient) that can run send what they have. Batches grow, and fewer
-	// clients wait for a second turn: in memory the slowest percent of requests takes a quarter less
-	// time, and on disk there are a tenth more writes a second.
+	// clients wait for a second turn: in memory the slowest percent of requests takes a quarter
+	// less time, and on disk there are a tenth more writes a second.
 	maxYields = 4
 
 	// A Commit that takes less time than slowCommit is over before its clients can come back, so
@@ -55,8 +55,8 @@ const (
 	maxHeavyRound = time.Millisecond / 2
 
 	// How many requests of a client workLoop runs between two looks at the clock: one at first,
-	// twice as many after each look, up to maxStride, and one again if longTime has passed since the
-	// last look. An Update, a Swap or a Remove counts as searchCost requests, because it may
+	// twice as many after each look, up to maxStride, and one again if longTime has passed since
+	// the last look. An Update, a Swap or a Remove counts as searchCost requests, because it may
 	// search a long list.
 	maxStride  = 64
 	searchCost = 8
@@ -67,9 +67,9 @@ const (
 	expireTime   = 50 * time.Millisecond
 	expireStride = 64
 
-	// How far a client's time (share.finish) may be above what others have had (keyValueServer.floor)
-	// before its next chain waits for a turn. Below that, chains run in the order in which they come,
-	// which costs nothing.
+	// How far a client's time (share.finish) may be above what others have had
+	// (keyValueServer.floor) before its next chain waits for a turn. Below that, chains run in the
+	// order in which they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
 	fileCheckTime = time.Second // between two checks of the store's files
@@ -87,8 +87,8 @@ const (
 	maxEnded      = 64   // buffers of long lines that are kept for others, if memory is limited
 	maxWatchers   = 16   // HTTP connections of -http, at all addresses; one more replaces one
 
-	// Bytes that are read of an HTTP request, or of a client's side of a TLS handshake, at most; and
-	// what such a handshake takes.
+	// Bytes that are read of an HTTP request, or of a client's side of a TLS handshake, at most;
+	// and what such a handshake takes.
 	guestMost      = 64 << 10
 	memoryPerShake = 128 << 10
 
@@ -132,8 +132,9 @@ var (
 // keyValueServer serves a store over TCP and unix sockets. Make one with New.
 //
 // Each acceptClient and each shakeHands feeds connections. Each client's readFromClient feeds
-// queries, and so do a writeToClient that ends, a handshake that fails, API calls and HTTP requests.
-// workLoop receives from both channels, and it alone uses the store and the list of clients.
+// queries, and so do a writeToClient that ends, a handshake that fails, API calls and HTTP
+// requests. workLoop receives from both channels, and it alone uses the store and the list of
+// clients.
 type keyValueServer struct {
 	// Read-only once started.
 	listener     net.Listener   // the first of listeners
@@ -166,9 +167,9 @@ type keyValueServer struct {
 	// one slot is free and workLoop never waits.
 	countActive chan int
 
-	// Closed by Close: acceptClient ends, workLoop ends with the last client, and readFromClient stops
-	// waiting for a Take, for memory or for a snapshot. Goroutines that read, list or drain input ask
-	// isClosing.
+	// Closed by Close: acceptClient ends, workLoop ends with the last client, and readFromClient
+	// stops waiting for a Take, for memory or for a snapshot. Goroutines that read, list or drain
+	// input ask isClosing.
 	closeSignal chan struct{}
 	serving     chan struct{} // closed by serve: workLoop runs
 	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: Writes end
@@ -241,8 +242,8 @@ func (s *seldom) happened() (n int) {
 	return n
 }
 
-// New returns a server of db. The server owns db from Start until Close returns. With a nil db Start
-// returns an error. The server logs nothing unless it is given a logger.
+// New returns a server of db. The server owns db from Start until Close returns. With a nil db
+// Start returns an error. The server logs nothing unless it is given a logger.
 func New(db kvstore.KVStore) *keyValueServer {
 	s := &keyValueServer{
 		db:        kvstore.StoreOf(db),
@@ -323,8 +324,8 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 	s.listener, s.listeners = listeners[0], listeners
 	s.noteMemory()
 
-	// Until its handshake has ended, a TLS connection is one of few (fewConns). A unix socket has no
-	// TLS.
+	// Until its handshake has ended, a TLS connection is one of few (fewConns). A unix socket has
+	// no TLS.
 	most := max(1, s.budget.handshakes(s.handshakes)/len(listeners))
 	s.shaking.slots = make(chan struct{}, most*len(listeners))
 	for _, listener := range listeners {
@@ -343,8 +344,8 @@ func (s *keyValueServer) serve(listeners ...net.Listener) error {
 // CountActive returns how many clients are connected: 0 before Start and once Close has returned.
 func (s *keyValueServer) CountActive() int { return s.ask(countActive) }
 
-// CountDropped returns how many clients have left (not how many replies were dropped): 0 before Start
-// and once Close has returned.
+// CountDropped returns how many clients have left (not how many replies were dropped): 0 before
+// Start and once Close has returned.
 func (s *keyValueServer) CountDropped() int { return s.ask(countDropped) }
 
 // ask asks workLoop for a count: countActive or countDropped.
@@ -382,9 +383,9 @@ func (s *keyValueServer) ask(what queryType) int {
 // the server answers no request. The caller must Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server. Requests that were read are run, except those behind a Keys or Dump that is
-// broken off, and their replies are flushed to clients that take them within closeTime. It returns
-// when no goroutine uses a client or the store any more: the store is the caller's again.
+// Close ends the server. Requests that were read are run, except those behind a Keys or Dump that
+// is broken off, and their replies are flushed to clients that take them within closeTime. It
+// returns when no goroutine uses a client or the store any more: the store is the caller's again.
 func (s *keyValueServer) Close() {
 	<-s.oneCall
 	if !s.closeCalled {
@@ -465,7 +466,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	}
 
 	// The other side may be slow to shake hands, and others want to connect meanwhile. But while a
-	// Commit lasts, workLoop takes no handshake that has ended, and then others wait for a slot here.
+	// Commit lasts, workLoop takes no handshake that has ended, and then others wait for a slot
+	// here.
 	place := slot{of: &s.shaking}
 	if !place.acquire(s.closeSignal) {
 		guest.Close()
@@ -477,8 +479,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	})
 }
 
-// shakeHands does the TLS handshake with guest and hands the connection over to workLoop. It runs as
-// one goroutine for each new connection, for at most handshakeTime, so that a silent connection
+// shakeHands does the TLS handshake with guest and hands the connection over to workLoop. It runs
+// as one goroutine for each new connection, for at most handshakeTime, so that a silent connection
 // delays nobody. The connection is not counted as a client yet.
 func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
@@ -708,7 +710,8 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case q != nil:
 			s.dispatch(q)
 
-		// The queue is empty. Of the clients that wait, the one that has had the least time is next.
+		// The queue is empty. Of the clients that wait, the one that has had the least time is
+		// next.
 		case len(s.turns) > 0 && s.mayRun(&s.turns[0].share):
 			sh := &heap.Pop(&s.turns).(*Client).share
 			s.floor = max(s.floor, sh.spent)
@@ -745,8 +748,8 @@ func (s *keyValueServer) mayGrow() bool {
 // isRoundOver reports whether it is time to commit.
 func (s *keyValueServer) isRoundOver() bool { return s.round.over || len(s.batch) >= maxBatch }
 
-// mayRun reports whether a chain of sh's client may run before the Commit. A heavy client's chain runs
-// only if the batch is empty, because others' replies would wait for it.
+// mayRun reports whether a chain of sh's client may run before the Commit. A heavy client's chain
+// runs only if the batch is empty, because others' replies would wait for it.
 func (s *keyValueServer) mayRun(sh *share) bool {
 	return !s.isRoundOver() && (len(s.batch) == 0 || !sh.isHeavy())
 }
@@ -769,8 +772,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case countDropped:
 		s.countActive <- s.departed
 
-	// countAll also asks for /healthz whether the server is well, so it is answered behind a Commit:
-	// while the disk hangs there must be no answer.
+	// countAll also asks for /healthz whether the server is well, so it is answered behind a
+	// Commit: while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
 
@@ -793,7 +796,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 
 // ---- whose turn it is
 
-// round is the time for which workLoop works before it commits and answers: the turns of some clients.
+// round is the time for which workLoop works before it commits and answers: the turns of some
+// clients.
 type round struct {
 	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
 	began, looked time.Duration // when the round began, and when charge last looked at the clock
@@ -809,9 +813,9 @@ func (r *round) begin() {
 	r.looked, r.over = r.began, false
 }
 
-// charge adds the time since the last look at the clock to the spent time of sh's client. A time that
-// is far longer than usual, though no list was searched, is a stall of the system and not the client's
-// fault, so only a part of it counts.
+// charge adds the time since the last look at the clock to the spent time of sh's client. A time
+// that is far longer than usual, though no list was searched, is a stall of the system and not the
+// client's fault, so only a part of it counts.
 func (r *round) charge(sh *share, searched bool) {
 	now := r.now()
 	took := now - r.looked
@@ -951,7 +955,8 @@ func (s *keyValueServer) schedule(chain *Query) {
 	// A client that was quiet is at most maxRound ahead of the others.
 	sh.spent = max(sh.spent, s.floor-maxRound)
 
-	// Nobody else wants to run now. (Without this rule the result is the same, for 2 % more CPU time.)
+	// Nobody else wants to run now. (Without this rule the result is the same, for 2 % more CPU
+	// time.)
 	if len(s.turns) == 0 && len(s.batch) == 0 && len(s.queries) == 0 {
 		s.runChain(chain, chain)
 		return
@@ -1115,8 +1120,8 @@ func (s *keyValueServer) serveTakes(q *Query) {
 		return
 	}
 
-	// While a Take waits its key has no value, so all values are from q. If admit refuses a Take the
-	// value stays, and the next Take is tried.
+	// While a Take waits its key has no value, so all values are from q. If admit refuses a Take
+	// the value stays, and the next Take is tried.
 	for queue := s.takes.of[q.key]; queue != nil && queue.Len() > 0 && s.db.Count(q.key) > 0; {
 		chain := s.takes.remove(queue.Front().Value.(*Query).client)
 		s.admit(chain)
@@ -1125,9 +1130,9 @@ func (s *keyValueServer) serveTakes(q *Query) {
 	}
 }
 
-// endTake ends the Take of q's client. If it waits for a value it is answered without one. If it still
-// waits for its turn, stopTake has it run once, without waiting, and dropTake answers it without a
-// value.
+// endTake ends the Take of q's client. If it waits for a value it is answered without one. If it
+// still waits for its turn, stopTake has it run once, without waiting, and dropTake answers it
+// without a value.
 func (s *keyValueServer) endTake(q *Query) {
 	c := q.client
 
@@ -1197,9 +1202,9 @@ const (
 	stuckOverdue         // the disk has no room for the Deletes; the next batch tries again
 )
 
-// expire deletes expired keys for about maxHeavyRound. Of those that are left, expireKey deletes the
-// one that a request asks for. The next Commit makes the Deletes durable; after a crash before it
-// they are done again.
+// expire deletes expired keys for about maxHeavyRound. Of those that are left, expireKey deletes
+// the one that a request asks for. The next Commit makes the Deletes durable; after a crash before
+// it they are done again.
 func (s *keyValueServer) expire() {
 	// If there was no room on disk, there may be now.
 	s.overdue = noneOverdue
@@ -1250,11 +1255,13 @@ func (s *keyValueServer) deleteExpired(key string) error {
 // ---- budget: -max-memory and -max-queues
 
 // budget says how much memory there is for the data and for what clients make the server hold. Many
-// goroutines of clients, and the collector's gcPacer, count in the same fields, so these are atomic.
+// goroutines of clients, and the collector's gcPacer, count in the same fields, so these are
+// atomic.
 //
 // Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth is
-// for queues and an eighth is for input, which gets a part of the reserve, too. So a client that does
-// not read, or does not end its line, takes nothing from the data. A client can make the server hold:
+// for queues and an eighth is for input, which gets a part of the reserve, too. So a client that
+// does not read, or does not end its line, takes nothing from the data. A client can make the
+// server hold:
 //
 //	what             one client, at most          all clients, at most    at that limit
 //	values           -                            data                    writes are refused, except
@@ -1267,7 +1274,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                              (mayHaveSlot) also      one that hardly comes is
 //	                                              forQueues, three lines  skipped while others wait
 //	lines that have  -                            maxEnded buffers of     a line that has begun
-//	ended                                         forInput (passOn)       takes their memory
+//	ended                                         forInput, for           takes their memory
+//	                                              quietAfter (passOn)
 //	a chain that     the same                     bursts and lines as     if such lines alone are over
 //	waits                                         above; long lines       queues, others' long lines
 //	                                              (waitingText) count     wait; if the sum is over
@@ -1336,15 +1344,15 @@ type budget struct {
 	// Each has one slot, for a line beyond the share of input: any line, and a line that frees.
 	anyLine, freeing semaphore
 
-	// Buffers of lines that have ended, for others (passOn), and when there was the last one, in Unix
-	// nanoseconds. inputs counts them.
+	// Buffers of lines that have ended, for others (passOn), and when there was the last one, in
+	// Unix nanoseconds. inputs counts them.
 	ended   chan endedLine
 	endedAt atomic.Int64
 }
 
-// How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but no
-// more than half. Of the rest an eighth each is for queues (queuesShare) and for input (inputShare).
-// Input also gets a quarter of the reserve (inputOfReserve).
+// How -max-memory is shared out: reserveMin bytes and a fifth (reserveShare) are the reserve, but
+// no more than half. Of the rest an eighth each is for queues (queuesShare) and for input
+// (inputShare). Input also gets a quarter of the reserve (inputOfReserve).
 const (
 	reserveMin     = 24 << 20
 	reserveShare   = 5
@@ -1360,8 +1368,9 @@ func (b *budget) limitTo(memory, queues int64) {
 }
 
 // collected notes that live bytes were alive at a collection. What clients had then may be free by
-// now, and not counted any more, but it is nothing unknown. What is pinned takes memory of the
-// reserve, up to a half of it, so that no write is refused for it.
+// now, and not counted any more, but it is nothing unknown. (While that goes up and down fast, what
+// is unknown is taken for less than it is.) What is pinned takes memory of the reserve, up to a
+// half of it, so that no write is refused for it.
 func (b *budget) collected(live int64) {
 	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
 	removed := min(unknown, b.pinned.Load(), b.reserve/2)
@@ -1421,8 +1430,9 @@ func (b *budget) isAtLimit() bool { return !b.mayQueue(0) }
 // isCrowded reports whether all queues and the chains that wait have together reached that limit.
 func (b *budget) isCrowded() bool { return !b.mayQueue(b.waitingLines.Load()) }
 
-// needsPinned reports whether the removed values that replies still pin are many, and do not fit into
-// forData beside the data. Then clients that read too slowly must give up what they have pinned.
+// needsPinned reports whether the removed values that replies still pin are many, and do not fit
+// into forData beside the data. Then clients that read too slowly must give up what they have
+// pinned.
 func (b *budget) needsPinned() bool {
 	removed := min(b.removed.Load(), b.pinned.Load())
 	return b.limit > 0 && removed > b.shared()/queuesShare && !b.fits(removed, 0)
@@ -1454,8 +1464,8 @@ func (b *budget) acquireList(bytes int64) bool {
 	return addUpTo(&b.keyLists, bytes, b.forQueues()/listsShare)
 }
 
-// forInput is how many bytes the buffers and chains of all clients may take beyond grantedInput; 0: no
-// limit.
+// forInput is how many bytes the buffers and chains of all clients may take beyond grantedInput; 0:
+// no limit.
 func (b *budget) forInput() int64 { return b.shared()/inputShare + b.reserve/inputOfReserve }
 
 // forBursts is how many of these bytes bursts may take. The rest is left for long lines.
@@ -1478,8 +1488,8 @@ func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 	}
 }
 
-// lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may use
-// half of the reserve: while there is a snapshot it, too, copies memory.
+// lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may
+// use half of the reserve: while there is a snapshot it, too, copies memory.
 func (s *keyValueServer) lacksMemory(q *Query) bool {
 	s.noteMemory()
 	if s.budget.fits(q.memory(), 0) {
@@ -1515,8 +1525,8 @@ func (s *keyValueServer) perClient() int64 {
 	return memoryPerClient
 }
 
-// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter.
-// The collector alone would wait for minutes while nothing is allocated.
+// freeMemory gives memory back to the system when the data and the clients have shrunk by a
+// quarter. The collector alone would wait for minutes while nothing is allocated.
 func (s *keyValueServer) freeMemory() {
 	now := s.budget.store.Load()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
@@ -1607,7 +1617,8 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= s.handshakes
 	}
 
-	// The rest is for clients, as far as there is memory for them. The log says so if it is less than
+	// The rest is for clients, as far as there is memory for them. The log says so if it is less
+	// than
 	// -max-clients, or than the default: with little memory that is no reason to worry.
 	most, level, why := files, slog.LevelWarn, "the process may not open more files: see ulimit -n"
 	if n := s.budget.clients(s.perClient()); c.maxMemory > 0 && n < most {
@@ -1619,20 +1630,20 @@ func applyLimits(s *keyValueServer, c config) {
 	}
 }
 
-// gcPacer chooses how much garbage there may be before it is collected. Go lets the heap double. But
-// nearly all of our heap is data that a collection does not even read, so a collection costs little
-// and may come sooner: the process takes a third less memory.
+// gcPacer chooses how much garbage there may be before it is collected. Go lets the heap double.
+// But nearly all of our heap is data that a collection does not even read, so a collection costs
+// little and may come sooner: the process takes a third less memory.
 type gcPacer struct {
 	server  *keyValueServer
 	percent int // that was last set (GOGC)
 }
 
-// Garbage is collected once it has so many bytes: garbageMin, one for each garbageShare bytes that are
-// alive, and as many as are in objects with pointers, because a collection reads these.
+// Garbage is collected once it has so many bytes: garbageMin, one for each garbageShare bytes that
+// are alive, and as many as are in objects with pointers, because a collection reads these.
 const garbageMin, garbageShare = 16 << 20, 16
 
-// follow calls choose now and after each collection: a collection runs the finalizer of an object to
-// which nothing points. The finalizers run on a goroutine of Go's runtime.
+// follow calls choose now and after each collection: a collection runs the finalizer of an object
+// to which nothing points. The finalizers run on a goroutine of Go's runtime.
 func (p *gcPacer) follow() {
 	p.choose()
 	type unused struct{ p *gcPacer }
@@ -1820,9 +1831,10 @@ func (c counter) write(w io.Writer) {
 		name, c.help, name, kind, name, labels, value)
 }
 
-// stats returns the rows that Stats and /metrics both show. Only workLoop calls it. To add a row, give
-// it a name that ends in _total if it only grows, and a sentence of help, and add it to TestStats in
-// the same place. A value that changes by itself is an exception in TestWatchHasTheCountersOfStats.
+// stats returns the rows that Stats and /metrics both show. Only workLoop calls it. To add a row,
+// give it a name that ends in _total if it only grows, and a sentence of help, and add it to
+// TestStats in the same place. A value that changes by itself is an exception in
+// TestWatchHasTheCountersOfStats.
 func (s *keyValueServer) stats() []counter {
 	// The memory rows below are to be up to date.
 	s.noteMemory()
@@ -1990,7 +2002,8 @@ func listenUnix(path string) ([]net.Listener, error) {
 	return []net.Listener{&unixListener{listener, path, made}}, nil
 }
 
-// unixListener removes its socket when it is closed, unless another server has put one in its place.
+// unixListener removes its socket when it is closed, unless another server has put one in its
+// place.
 type unixListener struct {
 	net.Listener
 	path string
@@ -2172,8 +2185,8 @@ type logCounts struct {
 	last         atomic.Int64 // when the last error was logged, as a Unix time; 0: never
 }
 
-// note is called for each attribute of each line of log. If that is the level, and the level is Error,
-// note counts the line. It is a slog.HandlerOptions.ReplaceAttr that changes nothing.
+// note is called for each attribute of each line of log. If that is the level, and the level is
+// Error, note counts the line. It is a slog.HandlerOptions.ReplaceAttr that changes nothing.
 func (n *logCounts) note(_ []string, a slog.Attr) slog.Attr {
 	if a.Key == slog.LevelKey && a.Value.Any() == slog.LevelError {
 		n.errors.Add(1)

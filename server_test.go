@@ -15,8 +15,9 @@
 //
 // The store has its own tests in kvstore/.
 //
-// The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$' ./...
-// finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its story.)
+// The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$'
+// ./... finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its
+// story.)
 //
 //	Every input gets exactly the protocol's replies, however the network splits it
 //		FuzzConversation, TestInputAtEverySplitPoint
@@ -710,8 +711,8 @@ func TestTLSHandshakesHoldNoPlace(t *testing.T) {
 	})
 }
 
-// Ensure that while workLoop waits for a Commit no more handshakes begin than may be under way, whether
-// they fail or succeed, and that all end afterwards.
+// Ensure that while workLoop waits for a Commit no more handshakes begin than may be under way,
+// whether they fail or succeed, and that all end afterwards.
 func TestTLSHandshakesWaitForACommit(t *testing.T) {
 	withTLS := serverConfig(t)
 	const most, clients = 10, 200
@@ -748,7 +749,8 @@ func TestTLSHandshakesWaitForACommit(t *testing.T) {
 	}
 }
 
-// Ensure that handshakes that do not go on keep to their share of the memory, whatever they have sent.
+// Ensure that handshakes that do not go on keep to their share of the memory, whatever they have
+// sent.
 func TestTLSHandshakesTakeLittleMemory(t *testing.T) {
 	withTLS := serverConfig(t)
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1144,8 +1146,8 @@ func TestCloseInEveryState(t *testing.T) {
 }
 
 // Ensure that requests that were read before Close are answered, and that a stop waits for a client
-// that goes on sending while it reads: until it has taken all its answers, or its second is over. No
-// reset destroys the answers.
+// that goes on sending while it reads: until it has taken all its answers, or its second is over.
+// No reset destroys the answers.
 func TestCloseUnderASteadyReader(t *testing.T) {
 	for _, config := range []*tls.Config{nil, serverConfig(t)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1515,8 +1517,8 @@ func TestTurnsBesideStalls(t *testing.T) {
 
 func TestTurnsOfLightClients(t *testing.T) { protocol.TurnsOfLightClients(t, serveOn) }
 
-// Ensure that a client whose request took very long waits for hardly more than a round of each other
-// client, and not until each has had as much.
+// Ensure that a client whose request took very long waits for hardly more than a round of each
+// other client, and not until each has had as much.
 func TestTurnsAfterALongRequest(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		takes := time.Second
@@ -1537,15 +1539,16 @@ func TestTurnsAfterALongRequest(t *testing.T) {
 	})
 }
 
-// chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to it.
+// chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to
+// it.
 func chainOf(s *keyValueServer, spent, cost time.Duration) *Query {
 	c := newClient(1, new(world.Conn), s)
 	c.buffer, c.share = make(chan []byte), share{spent: spent, cost: cost}
 	return &Query{queryType: get, client: c, key: "k"}
 }
 
-// Ensure that the chain of a client that has had more time than others waits for theirs, if some may
-// come behind it, and that another chain runs as it comes.
+// Ensure that the chain of a client that has had more time than others waits for theirs, if some
+// may come behind it, and that another chain runs as it comes.
 func TestTurnsInOrderOfTime(t *testing.T) {
 	s := New(kvstore.NewMemory())
 	s.round.begin()
@@ -1645,8 +1648,8 @@ func TestStoreMissesItsFiles(t *testing.T) {
 	})
 }
 
-// Ensure that no reply leaves when Commit fails, neither of a write nor of a read nor of a Take that
-// has waited; that every client is disconnected; and that Failed reports it.
+// Ensure that no reply leaves when Commit fails, neither of a write nor of a read nor of a Take
+// that has waited; that every client is disconnected; and that Failed reports it.
 func TestCommitBeforeReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		store := &protocol.PlainStore{KVStore: kvstore.NewMemory()}
@@ -2292,8 +2295,8 @@ func TestMemoryLimitCountsLoadedDataOnce(t *testing.T) {
 }
 
 // Ensure that unfinished lines keep to their share of the memory, whether they are many or long;
-// that all are accepted if they end soon; that their memory is given back; and that of lines that do
-// not go on those are refused whose memory others wait for.
+// that all are accepted if they end soon; that their memory is given back; and that of lines that
+// do not go on those are refused whose memory others wait for.
 func TestMemoryLimitOfBegunLines(t *testing.T) {
 	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {40, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
@@ -2544,7 +2547,8 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 		closeClients(clients)
 		world.Pass(lookTime)
 
-		// From here on the bursts of others have their share. (A connection itself takes 100 kB for a line.)
+		// From here on the bursts of others have their share. (A connection itself takes 100 kB for
+		// a line.)
 		clients = n.DialMany(t, count/2, func(_ int, o *protocol.Client) { o.Ask("Ack", ":OK 0") })
 		b.inputs.Add(b.forBursts())
 		line = []byte("Remove:k:" + strings.Repeat("p", 100*kilo) + "\n")
@@ -2560,8 +2564,8 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 	})
 }
 
-// Ensure that buffers of long lines that have ended are given up if nobody uses them for a while, though
-// the clients that made them stay busy, or have half-closed behind a Take that waits.
+// Ensure that buffers of long lines that have ended are given up if nobody uses them for a while,
+// though the clients that made them stay busy, or have half-closed behind a Take that waits.
 func TestMemoryLimitOfEndedLines(t *testing.T) {
 	for _, end := range []string{"", "Take:none:3600\nSet:k:" + strings.Repeat("v", 5*kilo)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2603,8 +2607,8 @@ func TestMemoryLimitOfEndedLines(t *testing.T) {
 	}
 }
 
-// Ensure that a line does not wait long for the buffer of one that has ended: if that is too small it
-// gets a slot. While the lines whose replies wait have their limit, it gets neither.
+// Ensure that a line does not wait long for the buffer of one that has ended: if that is too small
+// it gets a slot. While the lines whose replies wait have their limit, it gets neither.
 func TestMemoryLimitOfALineBehindAShorterOne(t *testing.T) {
 	for _, tooMany := range []bool{false, true} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2635,8 +2639,8 @@ func TestMemoryLimitOfALineBehindAShorterOne(t *testing.T) {
 	}
 }
 
-// Ensure that lines that come before replies that nobody reads have a limit, also if they free, and are
-// given up if others need their memory.
+// Ensure that lines that come before replies that nobody reads have a limit, also if they free, and
+// are given up if others need their memory.
 func TestMemoryLimitOfMuteLines(t *testing.T) {
 	long := strings.Repeat("p", 60*kilo)
 	for _, lines := range []string{strings.Repeat("Ping:"+long+"\n", 10),
@@ -2895,8 +2899,8 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 	})
 }
 
-// Ensure that a line which ends with its connection, or is skipped, keeps no other waiting, though its
-// client reads nothing.
+// Ensure that a line which ends with its connection, or is skipped, keeps no other waiting, though
+// its client reads nothing.
 func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
 	for _, send := range []func(c *protocol.Client){
 		func(c *protocol.Client) { c.SendAll("Put:k:" + strings.Repeat("v", 200*kilo)) },
@@ -3695,8 +3699,8 @@ func TestDumpGivesSnapshotsBack(t *testing.T) {
 	})
 }
 
-// Ensure that clients that take nothing of their Dumps, or too little, do not keep all places for long
-// while another client waits for one, and that they may keep them otherwise.
+// Ensure that clients that take nothing of their Dumps, or too little, do not keep all places for
+// long while another client waits for one, and that they may keep them otherwise.
 func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 	for _, drip := range []int{0, 10 * kilo} { // bytes that are read in a tenth of a second
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -4449,8 +4453,8 @@ func FuzzConversation(f *testing.F) {
 	protocol.FuzzConversation(f, serveEmpty, helpLines, otherProtocol)
 }
 
-// otherProtocol returns what a client is answered whose first line is refused because it is of another
-// protocol, "" if it is not, and whether its connection ends.
+// otherProtocol returns what a client is answered whose first line is refused because it is of
+// another protocol, "" if it is not, and whether its connection ends.
 func otherProtocol(line string) (answer string, ends bool) {
 	switch {
 	case isHTTP(line):
@@ -4640,7 +4644,8 @@ func (n *fakeNet) dialTLS(t *testing.T) *protocol.Client {
 	return c
 }
 
-// dialMute connects a client in Ack mode that reads nothing, and for whose replies there is no room.
+// dialMute connects a client in Ack mode that reads nothing, and for whose replies there is no
+// room.
 func (n *fakeNet) dialMute(t *testing.T) *protocol.Client {
 	n.fill("big", strings.Repeat("v", kilo), 900)
 	c := n.DialAck(t)

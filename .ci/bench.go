@@ -1,7 +1,7 @@
 // Bench measures the built kvserver beside redis-server and memcached, if they are installed, and
 // prints one table in Markdown. All servers of a row run at the same time; each gets its load in
-// turn, -rounds times. A cell has the median rate ± half of the spread, and behind it the medians of
-// CPU time and latency. Every byte of every reply is checked. kvserver has two columns: their
+// turn, -rounds times. A cell has the median rate ± half of the spread, and behind it the medians
+// of CPU time and latency. Every byte of every reply is checked. kvserver has two columns: their
 // difference is the noise of the machine. CPU time and memory come from /proc, so it needs Linux.
 package main
 
@@ -135,8 +135,8 @@ func main() {
 	}
 }
 
-// printMemory prints how many bytes of memory a key takes. It stores a million keys of 12 bytes, each
-// with a value of 16 bytes.
+// printMemory prints how many bytes of memory a key takes. It stores a million keys of 12 bytes,
+// each with a value of 16 bytes.
 func printMemory() {
 	const keys, chunk = 1_000_000, 1000
 	fmt.Print("| bytes of memory a key |")
@@ -235,8 +235,8 @@ type peer struct {
 	dir  string
 }
 
-// start starts a server for a row. It returns nil if the server is not installed, or cannot keep data
-// on disk and the row needs that.
+// start starts a server for a row. It returns nil if the server is not installed, or cannot keep
+// data on disk and the row needs that.
 func (s server) start(r row) *peer {
 	args := s.args
 	if r.durable {

@@ -1,7 +1,7 @@
-// Dist makes the archives of a release in dist/, from the current commit: for each system an archive
-// with the binary, LICENSE, README.md and the files that the README shows, and beside the archives
-// SHA256SUMS. The same commit, Go version and tags give the same bytes. With -files DIR it only
-// writes the README's files into DIR.
+// Dist makes the archives of a release in dist/, from the current commit: for each system an
+// archive with the binary, LICENSE, README.md and the files that the README shows, and beside the
+// archives SHA256SUMS. The same commit, Go version and tags give the same bytes. With -files DIR it
+// only writes the README's files into DIR.
 package main
 
 import (
@@ -74,8 +74,8 @@ func main() {
 	fmt.Print(sums)
 }
 
-// readmeFiles returns the files in the README's code blocks. A file begins with a comment that is its
-// name, and ends before the next such comment or with its block.
+// readmeFiles returns the files in the README's code blocks. A file begins with a comment that is
+// its name, and ends before the next such comment or with its block.
 func readmeFiles(readme []byte) (files []file) {
 	name := regexp.MustCompile(`^# (?:\S*/)?([\w.-]+\.(?:service|timer|yml))\n$`)
 	isFile := false

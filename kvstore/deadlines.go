@@ -7,9 +7,9 @@ import (
 )
 
 // deadlines tells which key expires next. A key's deadline itself is in its entry, or beside its
-// large entry, so that snapshots have it. Here are the expiries of all keys with a deadline, in order.
-// They lie in chunks, so that adding or removing an expiry moves at most 4 KiB. An expiry takes
-// 16 bytes where chunks are full, and up to 43 where removals have left gaps.
+// large entry, so that snapshots have it. Here are the expiries of all keys with a deadline, in
+// order. They lie in chunks, so that adding or removing an expiry moves at most 4 KiB. An expiry
+// takes 16 bytes where chunks are full, and up to 43 where removals have left gaps.
 //
 //	chunks
 //	+---+     +-----------+-----------+-----
@@ -67,8 +67,8 @@ func (d *deadlines) place(e expiry) (chunk, i int) {
 func (d *deadlines) add(e expiry) {
 	chunk, i := d.place(e)
 
-	// The chunk is full. Behind the last expiry of all a new chunk begins, because the next deadlines
-	// are usually later still. Any other chunk is split.
+	// The chunk is full. Behind the last expiry of all a new chunk begins, because the next
+	// deadlines are usually later still. Any other chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:
 		d.chunks = append(d.chunks, make([]expiry, 0, chunkMost))

@@ -68,11 +68,11 @@ type Store interface {
 	// dead. They can be counted as free, because the next writes reuse them.
 	Reclaim() (bytes int64)
 
-	// Room returns an error, and has changed nothing, if there is no room for one more record
-	// with this many bytes of key and values, or if the record could not be saved now. removes is
-	// how many values of key the request removes, at most; 0: it may add something. A request that
-	// removes all values (Delete) may use the last room that there is. Another one that only removes
-	// (Remove, Take) leaves as much as it takes to delete every key.
+	// Room returns an error, and has changed nothing, if there is no room for one more record with
+	// this many bytes of key and values, or if the record could not be saved now. removes is how
+	// many values of key the request removes, at most; 0: it may add something. A request that
+	// removes all values (Delete) may use the last room that there is. Another one that only
+	// removes (Remove, Take) leaves as much as it takes to delete every key.
 	Room(key string, bytes int64, removes int) error
 
 	// View returns key's list for a short time. A short list may be made in scratch, and its

@@ -66,8 +66,8 @@ func TestStrangeFile(t *testing.T) {
 	}
 }
 
-// Ensure that a start, and Check, say that a log file may be somebody else's if it is another store's
-// or too short, and do not say it of the store's own.
+// Ensure that a start, and Check, say that a log file may be somebody else's if it is another
+// store's or too short, and do not say it of the store's own.
 func TestStrayLogFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40

@@ -13,12 +13,13 @@ import (
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact starts a compaction in the background, if the full files have at least minCompact bytes and
-// more than maxWaste times those of the live data: a snapshot then replaces all full files. compact is
-// called when a file has become full, or while the current one is empty, and the snapshot is what
-// Memory holds then. So no file is read again, and a full file's rotten bit goes with the file. A
-// compaction always replaces the whole beginning of the log: a part of it, merged without what came
-// before, would bring deleted keys back (bitcask issue 82, badger issue 2143, leveldb issue 184).
+// compact starts a compaction in the background, if the full files have at least minCompact bytes
+// and more than maxWaste times those of the live data: a snapshot then replaces all full files.
+// compact is called when a file has become full, or while the current one is empty, and the
+// snapshot is what Memory holds then. So no file is read again, and a full file's rotten bit goes
+// with the file. A compaction always replaces the whole beginning of the log: a part of it, merged
+// without what came before, would bring deleted keys back (bitcask issue 82, badger issue 2143,
+// leveldb issue 184).
 func (d *Store) compact() {
 	if d.isCompacting() || d.fullBytes < d.minCompact ||
 		d.fullBytes <= maxWaste*d.liveBytes() || !d.mayCompact() {

@@ -860,8 +860,8 @@ func TestFullDiskRemovesEverything(t *testing.T) {
 	}
 }
 
-// Ensure that on a full disk the only value of a key can be removed even if it is larger than all the
-// room that is kept: the log gets the key alone.
+// Ensure that on a full disk the only value of a key can be removed even if it is larger than all
+// the room that is kept: the log gets the key alone.
 func TestFullDiskRemovesAnOnlyValue(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -1008,8 +1008,8 @@ func TestFailedRotationOnAFullDisk(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that a start which cannot open SPARE goes on without it, even if the disk is full, and that
-// the log says so once, until SPARE can be opened again.
+// Ensure that a start which cannot open SPARE goes on without it, even if the disk is full, and
+// that the log says so once, until SPARE can be opened again.
 func TestSpareCannotBeOpened(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	dir.Room = 20_000

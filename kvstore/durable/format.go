@@ -381,8 +381,8 @@ type logWriter struct {
 	fileSize int64      // bytes of the file
 	buf      []byte     // the last frame written, kept for the next one
 
-	// createFile runs prepare, if it is not nil, when all of the file is on disk, and its beginning and
-	// end were checked, before the file gets its name. If prepare fails, there is no file.
+	// createFile runs prepare, if it is not nil, when all of the file is on disk, and its beginning
+	// and end were checked, before the file gets its name. If prepare fails, there is no file.
 	prepare func() error
 
 	// What others have done to the file. Only files on a disk can be changed in place. A copy that
@@ -397,8 +397,8 @@ type logWriter struct {
 // createFile makes a file and has fill write it. The file gets its name once all of it is on disk:
 // a crash leaves the whole file, or none of that name. After an error the file is removed, with one
 // exception: if only the last Sync failed, STORE and a file with prepare stay. A crash may bring a
-// removed file back, whole. The stamp identifies the file: if the name leads to another one later, somebody
-// else has put it there.
+// removed file back, whole. The stamp identifies the file: if the name leads to another one later,
+// somebody else has put it there.
 func createFile(d storage.Directory, name string, fill func(w *logWriter) error) (
 	stamp storage.Stamp, err error) {
 	f, err := d.Create(name + tmpSuffix)
@@ -550,15 +550,16 @@ func (w *logWriter) writeZeros(bytes int64) error {
 	return nil
 }
 
-// readBackIfShared has checkLast and check read back a file that others can change in place. That is a
-// file on a disk, and such a file is one with zeros ahead.
+// readBackIfShared has checkLast and check read back a file that others can change in place. That
+// is a file on a disk, and such a file is one with zeros ahead.
 func (w *logWriter) readBackIfShared(d storage.Directory) {
 	_, _, zeros := d.Sizes()
 	w.isShared = zeros > 0
 }
 
-// checkLast checks whether the last frame, which ends at end, is still where it was written. An older
-// copy that somebody has put over the file lacks it. A file that cannot be read is not spoiled.
+// checkLast checks whether the last frame, which ends at end, is still where it was written. An
+// older copy that somebody has put over the file lacks it. A file that cannot be read is not
+// spoiled.
 func (w *logWriter) checkLast(end int64) error {
 	if !w.isShared {
 		return nil

@@ -88,8 +88,8 @@ func (d *Store) isStrangeLock() bool {
 // lookForFiles checks whether somebody has changed the store's files, and mends them: otherwise
 // answered writes would be lost when the server ends. A heal that fails is tried again later. Until
 // then writes are refused, while requests that read or free room go on in the file that the store
-// has open. lookForFiles returns an error if the next start would refuse the files as they are, or if
-// it could not look. While a compaction runs, changes of older files are not seen.
+// has open. lookForFiles returns an error if the next start would refuse the files as they are, or
+// if it could not look. While a compaction runs, changes of older files are not seen.
 func (d *Store) lookForFiles() error {
 	// A compaction that has ended does not count.
 	began, isCompacting := time.Now(), d.isCompacting()
@@ -179,8 +179,8 @@ func (d *Store) lastLook() error {
 }
 
 // fullLook is lastLook after it has read the current file: all other looks read only the beginning
-// and the end of that file. It takes as long as a start takes for one segment. A change in the middle
-// that comes later, while Close writes its last frame, is not seen.
+// and the end of that file. It takes as long as a start takes for one segment. A change in the
+// middle that comes later, while Close writes its last frame, is not seen.
 func (d *Store) fullLook() error {
 	readErr := d.readBack()
 	err := d.lastLook() // in any case, because other files may have to be written again
@@ -192,8 +192,8 @@ func (d *Store) fullLook() error {
 
 // readBack reads the current file as a start does, and notes whether its frames are still as they
 // were written, so that the next look heals it if not. An error means that it cannot be read. On a
-// slow disk, or if no new file could be made for long, it reads for readTime only: a stop that takes
-// longer is broken off.
+// slow disk, or if no new file could be made for long, it reads for readTime only: a stop that
+// takes longer is broken off.
 func (d *Store) readBack() error {
 	// Meanwhile the timer must not write.
 	d.writing <- struct{}{}

@@ -484,8 +484,8 @@ func TestHealReadsBackFirst(t *testing.T) {
 	})
 }
 
-// Ensure that a heal removes no file before STORE is on disk again, so that all is there for Repair if
-// STORE cannot be written.
+// Ensure that a heal removes no file before STORE is on disk again, so that all is there for Repair
+// if STORE cannot be written.
 func TestHealWritesStoreFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})
@@ -526,8 +526,8 @@ func TestHealWritesStoreFirst(t *testing.T) {
 	})
 }
 
-// Ensure that the snapshot of a heal stays even if its name cannot be synced: by then it is the only
-// copy of the data on disk.
+// Ensure that the snapshot of a heal stays even if its name cannot be synced: by then it is the
+// only copy of the data on disk.
 func TestHealWhoseNameIsNotSynced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{})

@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// Ensure that a rotation that fails is tried again, once in rotateTime, and that the store goes on in
-// the old file until then.
+// Ensure that a rotation that fails is tried again, once in rotateTime, and that the store goes on
+// in the old file until then.
 func TestRotationIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{syscall.EMFILE, syscall.ENOSPC} {
@@ -140,8 +140,8 @@ func TestKilledRotation(t *testing.T) {
 	}
 }
 
-// Ensure that a rotation loses nothing to a power failure at any of its calls, even if the timer has
-// just written a frame whose fsync takes long.
+// Ensure that a rotation loses nothing to a power failure at any of its calls, even if the timer
+// has just written a frame whose fsync takes long.
 func TestRotationBesideTheTimer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, d := newSmall(t, Options{Fsync: time.Second})

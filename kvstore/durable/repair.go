@@ -112,8 +112,8 @@ func (s *salvage) sayLost(format string, args ...any) {
 	s.report.say("LOST    "+format, args...)
 }
 
-// findID finds out which store this is: the one that STORE says, unless STORE cannot be read or most
-// log files belong to another one.
+// findID finds out which store this is: the one that STORE says, unless STORE cannot be read or
+// most log files belong to another one.
 func (s *salvage) findID() error {
 	id, most, of := majorityID(s.logs)
 
@@ -196,8 +196,9 @@ func (s *salvage) findFrames(l *logReader) (*foundFile, error) {
 			break
 		}
 
-		// A start takes a bad frame for a torn one unless a later frame calls it synced, and cuts off
-		// what follows. Repair keeps each whole frame: so a bad place with one behind it is damage.
+		// A start takes a bad frame for a torn one unless a later frame calls it synced, and cuts
+		// off what follows. Repair keeps each whole frame: so a bad place with one behind it is
+		// damage.
 		end.bad = damage
 		more, err := l.skip()
 		if err == nil && !more {
@@ -370,8 +371,8 @@ func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first u
 		first = frames[n-1].sequence + 1
 	}
 
-	// The newest segment comes first, so the last one here is the one right behind the snapshot, and
-	// that one decides, if it can.
+	// The newest segment comes first, so the last one here is the one right behind the snapshot,
+	// and that one decides, if it can.
 	for _, file := range s.segments {
 		if file.header.number > snapshot.header.number && file.header.first > 0 {
 			first = file.header.first

@@ -605,8 +605,8 @@ func TestRepairOfASnapshotWithoutASuccessor(t *testing.T) {
 	}
 }
 
-// Ensure that Repair uses the log alone if all of it is there and the snapshot is damaged, at its end
-// or in the middle.
+// Ensure that Repair uses the log alone if all of it is there and the snapshot is damaged, at its
+// end or in the middle.
 func TestRepairUsesTheLogAlone(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	dir.Before = func(c storetest.Call) error {

@@ -391,9 +391,9 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 			return judged, nil
 		}
 
-		// A bad frame is judged, and then read once more, because another process may be writing it.
-		// That process may even write a later frame that calls this one synced before judgeTail looks:
-		// then judgeTail calls it damaged, but the second read finds it whole.
+		// A bad frame is judged, and then read once more, because another process may be writing
+		// it. That process may even write a later frame that calls this one synced before judgeTail
+		// looks: then judgeTail calls it damaged, but the second read finds it whole.
 		judged = end
 		err = l.judgeTail(&judged, damage)
 		if err != nil {

@@ -52,10 +52,10 @@ func (d *Store) toDelete(bytes int64) int64 {
 
 // Room returns an error, and has changed nothing, if the disk has no room for one more record with
 // this many bytes of key and values. If that record were written anyway, the next Commit could
-// fail, and end the store. Requests that free room (Delete, Remove, Take) may use SPARE, and those of
-// them that remove the key may use all of it. All other requests leave enough room, in SPARE or in the
-// log, to delete everything. Writes are also refused while spoiled files cannot be written again. A
-// directory without zerosAhead knows itself what room it has.
+// fail, and end the store. Requests that free room (Delete, Remove, Take) may use SPARE, and those
+// of them that remove the key may use all of it. All other requests leave enough room, in SPARE or
+// in the log, to delete everything. Writes are also refused while spoiled files cannot be written
+// again. A directory without zerosAhead knows itself what room it has.
 func (d *Store) Room(key string, bytes int64, removes int) error {
 	need, frees := d.needFor(bytes), removes > 0
 	switch {
@@ -99,8 +99,9 @@ func (d *Store) Room(key string, bytes int64, removes int) error {
 		d.noRoom, d.refused, d.mostRefused = err, bytes, max(d.mostRefused, bytes)
 	}
 
-	// While large writes are refused, small ones may be taken. The log says that there is room again
-	// once the largest refused write would fit. A very large one is only tried when it comes again.
+	// While large writes are refused, small ones may be taken. The log says that there is room
+	// again once the largest refused write would fit. A very large one is only tried when it comes
+	// again.
 	switch most := d.mostRefused; {
 	case err != nil:
 		d.roomAfter = time.Now().Add(roomTime)

@@ -538,8 +538,8 @@ func TestCloseReadsForAShortTime(t *testing.T) {
 	})
 }
 
-// Ensure that the timer does not write while Close reads the current file: Close would take its frame
-// for somebody else's.
+// Ensure that the timer does not write while Close reads the current file: Close would take its
+// frame for somebody else's.
 func TestCloseReadsBesideTheTimer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}

@@ -579,8 +579,8 @@ func (d *Store) rotate() (isNew bool, err error) {
 
 // Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last
 // frame that says so if the disk has room for it, and gives up the lock. It reads the current file
-// once, and if others have changed that or another file, writes all data again. After a failed Commit
-// it writes nothing more. It is called once. Nothing happens if d is nil.
+// once, and if others have changed that or another file, writes all data again. After a failed
+// Commit it writes nothing more. It is called once. Nothing happens if d is nil.
 func (d *Store) Close() error {
 	if d == nil {
 		return nil

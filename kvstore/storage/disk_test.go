@@ -145,9 +145,9 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 }
 
-// Ensure that MakeDisk creates a directory for a copy, or takes one that exists and leaves it to its
-// owner, that undo removes only what was created, and that no directory is created inside the store
-// that is to be copied.
+// Ensure that MakeDisk creates a directory for a copy, or takes one that exists and leaves it to
+// its owner, that undo removes only what was created, and that no directory is created inside the
+// store that is to be copied.
 func TestMakeDisk(t *testing.T) {
 	path := t.TempDir()
 	from, to := filepath.Join(path, "from"), filepath.Join(path, "to")

@@ -198,8 +198,8 @@ func (l *diskLock) guard() {
 	}
 }
 
-// Verify checks that the path still leads to the directory, and that the lock is ours: it returns an
-// ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
+// Verify checks that the path still leads to the directory, and that the lock is ours: it returns
+// an ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
 // gone. A LOCK that is another file now it replaces only while the directory itself is locked and
 // no process has locked that file.
 func (l *diskLock) Verify() error {

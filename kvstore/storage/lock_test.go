@@ -339,8 +339,8 @@ func TestReplacedLock(t *testing.T) {
 	}
 }
 
-// Ensure that where only LOCK is locked, a new LOCK that another process has locked first stays that
-// process's.
+// Ensure that where only LOCK is locked, a new LOCK that another process has locked first stays
+// that process's.
 func TestNewLockOfAnother(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock

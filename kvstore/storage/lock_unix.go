@@ -32,8 +32,8 @@ func (d *Disk) lockSelf() (*os.File, error) {
 	return nil, nil
 }
 
-// lockFile opens LOCK, or makes it if flag is os.O_CREATE, and takes an flock on it, which the kernel
-// releases however the process ends.
+// lockFile opens LOCK, or makes it if flag is os.O_CREATE, and takes an flock on it, which the
+// kernel releases however the process ends.
 func (d *Disk) lockFile(flag int) (*os.File, error) {
 	f, err := d.open(LockName, os.O_RDWR|flag)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
 // lockFile opens LOCK, or makes it if flag is os.O_CREATE, so that only this process may write it
-// until the process ends. Others may read who that is. (Nobody can remove LOCK meanwhile, so again is
-// never needed.)
+// until the process ends. Others may read who that is. (Nobody can remove LOCK meanwhile, so again
+// is never needed.)
 func (d *Disk) lockFile(flag int) (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
 	if err != nil {

@@ -54,14 +54,14 @@ type Directory interface {
 	Stamps() (map[string]Stamp, error)
 	// Path returns how people call the file of that name; for an empty name, the directory.
 	Path(name string) string
-	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once a
-	// file has segment bytes. Full files are not compacted while together they have fewer than compact
-	// bytes. A file is extended by that many zeros at a time; if there are none, by what is
+	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once
+	// a file has segment bytes. Full files are not compacted while together they have fewer than
+	// compact bytes. A file is extended by that many zeros at a time; if there are none, by what is
 	// written. The sizes are final once the lock is held.
 	Sizes() (segment, compact int64, zeros int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
-	// bytes, and afterwards for toDelete more, which Deletes will take. A request that frees room may
-	// use room that other writes leave.
+	// bytes, and afterwards for toDelete more, which Deletes will take. A request that frees room
+	// may use room that other writes leave.
 	RoomFor(bytes, toDelete int64, frees bool) error
 	// Close releases what the directory holds open. Locks and files are closed by their owners.
 	Close() error
@@ -71,8 +71,8 @@ type Directory interface {
 type Lock interface {
 	// Held returns an error once the loss of the right was noticed: the directory has been moved or
 	// replaced, or another process may write to it. A lock in etcd also returns ErrGone, and waits
-	// while it does not know whether it is held. Held is called after every batch of requests, so it
-	// must be quick otherwise.
+	// while it does not know whether it is held. Held is called after every batch of requests, so
+	// it must be quick otherwise.
 	Held() error
 	// Verify checks the directory now, while Held only returns what was noticed before. It returns
 	// an error if the right is lost (a disk's is ErrMoved), or if a disk cannot be checked now.
@@ -150,8 +150,8 @@ func Advice(err error) string {
 	return ""
 }
 
-// Advise returns err, of the store in the directory at path, with advice in any case: if there is none
-// for such an error, with otherwise.
+// Advise returns err, of the store in the directory at path, with advice in any case: if there is
+// none for such an error, with otherwise.
 func Advise(path string, err error, otherwise string) error {
 	advice := Advice(err)
 	switch {

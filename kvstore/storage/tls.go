@@ -14,9 +14,10 @@ import (
 	"time"
 )
 
-// TLSConfig returns the configuration of TLS for a server or a client. Its arguments are files in PEM
-// format: a certificate, its key, and the CA that must have signed the other side's certificate. If a
-// name is "", there is no such file; a client without a CA trusts those of the system.
+// TLSConfig returns the configuration of TLS for a server or a client. Its arguments are files in
+// PEM format: a certificate, its key, and the CA that must have signed the other side's
+// certificate. If a name is "", there is no such file; a client without a CA trusts those of the
+// system.
 func TLSConfig(cert, key, ca string) (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cert != "" {
@@ -59,9 +60,9 @@ type credentials struct {
 	next          time.Time                  // when to log again at what time the certificate ends
 }
 
-// WatchTLS returns the configuration of a server. Its files are those of TLSConfig; ca may be "". It
-// starts rereadFiles, which reads these files again; new ones are for new connections only. It logs at what
-// time the certificate ends.
+// WatchTLS returns the configuration of a server. Its files are those of TLSConfig; ca may be "".
+// It starts rereadFiles, which reads these files again; new ones are for new connections only. It
+// logs at what time the certificate ends.
 func WatchTLS(cert, key, ca string, log *slog.Logger, again <-chan os.Signal) (*tls.Config, error) {
 	first, err := TLSConfig(cert, key, ca)
 	if err != nil {
@@ -101,8 +102,8 @@ func (k *credentials) warn(now time.Time) {
 	k.next = now.Round(0).Add(pause) // Round(0): compare wall time, which somebody may set
 }
 
-// rereadFiles reads the files every LookAgain, and when again receives a signal. It runs as one goroutine
-// until again is closed (by a test) or the process ends.
+// rereadFiles reads the files every LookAgain, and when again receives a signal. It runs as one
+// goroutine until again is closed (by a test) or the process ends.
 func (k *credentials) rereadFiles(again <-chan os.Signal) {
 	tick := time.NewTicker(LookAgain)
 	defer tick.Stop()

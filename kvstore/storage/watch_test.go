@@ -133,8 +133,8 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 	})
 }
 
-// Ensure that a certificate that could not be read again, because its key is gone or is a directory by
-// now, is not said to be read.
+// Ensure that a certificate that could not be read again, because its key is gone or is a directory
+// by now, is not said to be read.
 func TestTLSCertificateThatIsGone(t *testing.T) {
 	dir := command.Certificates(t, "server") // of today, which is years ahead in the bubble
 	cert, key := filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key")

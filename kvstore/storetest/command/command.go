@@ -1,6 +1,6 @@
-// Package command has what the server's program does as a process: what it prints, listens to, is told
-// by signals, and refuses. It needs nothing of the server but the command that starts it, and where
-// clients are tried, the address of a server.
+// Package command has what the server's program does as a process: what it prints, listens to, is
+// told by signals, and refuses. It needs nothing of the server but the command that starts it, and
+// where clients are tried, the address of a server.
 //
 //	mistakes.go  mistakes on the command line, and commands that fail
 //	readme.go    the README's programs and commands

@@ -115,7 +115,8 @@ func commandsWith(t *testing.T, readme, has string) []string {
 	return nil
 }
 
-// playTLS plays lines, which make certificates in dir, start a server with them, and then talk to it.
+// playTLS plays lines, which make certificates in dir, start a server with them, and then talk to
+// it.
 func playTLS(t *testing.T, lines []string, dir string, program protocol.Program,
 	play func(addr, commands string) string) {
 

@@ -19,8 +19,9 @@ import (
 
 // Talker is kvserver -c and -ping in the process of a test, where time can be that of a bubble.
 type Talker struct {
-	// Talk has a conversation. It returns whether all is good, and through which line of its input all
-	// requests were answered; the error is nil if what the server has said is all that there is to say.
+	// Talk has a conversation. It returns whether all is good, and through which line of its input
+	// all requests were answered; the error is nil if what the server has said is all that there is
+	// to say.
 	Talk func(Talk) (good bool, through int, err error)
 
 	// What a conversation may end with.
@@ -75,9 +76,9 @@ func ClientHearsTheServer(t *testing.T, talker Talker) {
 	}
 }
 
-// ClientLosesItsServer ensures that a missing answer is an error, wherever the server was lost; that an
-// answer to no request is one; and that a program other than kvserver is recognized. With -stop, where
-// each answer lets one request go, the same holds.
+// ClientLosesItsServer ensures that a missing answer is an error, wherever the server was lost;
+// that an answer to no request is one; and that a program other than kvserver is recognized. With
+// -stop, where each answer lets one request go, the same holds.
 func ClientLosesItsServer(t *testing.T, talker Talker) {
 	for _, c := range []struct {
 		in      string // "": nothing is sent, and the input does not end
@@ -140,9 +141,9 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 	}
 }
 
-// ClientResumes ensures that -c says up to which line of its input all requests were answered, whatever
-// ended it, so that a load can be resumed: blank lines count, and answered requests need not be sent
-// again. With -stop nothing after an error is sent.
+// ClientResumes ensures that -c says up to which line of its input all requests were answered,
+// whatever ended it, so that a load can be resumed: blank lines count, and answered requests need
+// not be sent again. With -stop nothing after an error is sent.
 func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 	load := "Put:k:1\n\n\nPut:k:2\nPut:k\n\nPut:k:3\nPut:k:4\n\n"
 	for _, c := range []struct {
@@ -206,8 +207,9 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 	}
 }
 
-// ClientSendsLongLines ensures that -c sends a line before all of it has come, so that it keeps only a
-// piece of a long one, and that it counts as one line. most is how many bytes it sends at once.
+// ClientSendsLongLines ensures that -c sends a line before all of it has come, so that it keeps
+// only a piece of a long one, and that it counts as one line. most is how many bytes it sends at
+// once.
 func ClientSendsLongLines(t *testing.T, talker Talker, most int) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -248,8 +250,8 @@ func ClientSendsLongLines(t *testing.T, talker Talker, most int) {
 	})
 }
 
-// ClientTimeout ensures that -timeout ends a conversation with a server that has stopped answering, but
-// counts neither a pause between requests nor an answer that comes in parts.
+// ClientTimeout ensures that -timeout ends a conversation with a server that has stopped answering,
+// but counts neither a pause between requests nor an answer that comes in parts.
 func ClientTimeout(t *testing.T, talker Talker) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
@@ -259,7 +261,8 @@ func ClientTimeout(t *testing.T, talker Talker) {
 			r.ReadString('\n')
 			io.WriteString(theirs, ":OK 0\n")
 
-			// A request comes a minute after the last answer, and its own answer some seconds later.
+			// A request comes a minute after the last answer, and its own answer some seconds
+			// later.
 			for range 3 {
 				<-time.After(time.Minute)
 				io.WriteString(typed, "Ping\n")
@@ -284,10 +287,10 @@ func ClientTimeout(t *testing.T, talker Talker) {
 	})
 }
 
-// ClientBesideASilentServer ensures that -timeout limits silence, not an answer that takes long while
-// its bytes flow, and that -ping has a limit by itself if a server stalls after its welcome. What was
-// answered is good, though the server does not close the connection: for that, and for the welcome, it
-// has connectTime.
+// ClientBesideASilentServer ensures that -timeout limits silence, not an answer that takes long
+// while its bytes flow, and that -ping has a limit by itself if a server stalls after its welcome.
+// What was answered is good, though the server does not close the connection: for that, and for the
+// welcome, it has connectTime.
 func ClientBesideASilentServer(t *testing.T, talker Talker, connectTime time.Duration) {
 	for _, c := range []struct {
 		talk    Talk
@@ -335,7 +338,8 @@ func ClientBesideASilentServer(t *testing.T, talker Talker, connectTime time.Dur
 	}
 }
 
-// ClientOnATerminal ensures that a user at a terminal sees the answer to each request, also to a write.
+// ClientOnATerminal ensures that a user at a terminal sees the answer to each request, also to a
+// write.
 func ClientOnATerminal(t *testing.T, talker Talker, start protocol.Start) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -361,8 +365,8 @@ func ClientOnATerminal(t *testing.T, talker Talker, start protocol.Start) {
 	})
 }
 
-// ClientFailsWithItsFiles ensures that an output that cannot be written, and an input that cannot be
-// read, are errors.
+// ClientFailsWithItsFiles ensures that an output that cannot be written, and an input that cannot
+// be read, are errors.
 func ClientFailsWithItsFiles(t *testing.T, talker Talker, start protocol.Start) {
 	synctest.Test(t, func(t *testing.T) {
 		n := start(t)

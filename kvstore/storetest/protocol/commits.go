@@ -166,8 +166,8 @@ var gathersReaders = map[string]gathers{
 	},
 }
 
-// beside returns a test of ten clients that come each time while others do something else until ended is
-// closed: there may be most Commits for 100 rounds.
+// beside returns a test of ten clients that come each time while others do something else until
+// ended is closed: there may be most Commits for 100 rounds.
 func beside(most int64, others func(t *testing.T, n *Net, ended <-chan struct{})) gathers {
 	return func(t *testing.T, n *Net, store *SlowStore) {
 		ended := make(chan struct{})

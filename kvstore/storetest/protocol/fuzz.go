@@ -12,9 +12,9 @@ import (
 // tlsHandshake is the first byte of a TLS connection.
 const tlsHandshake = "\x16"
 
-// FuzzConversation ensures that whatever bytes a client sends, in whatever pieces, it gets exactly the
-// replies of the model. other returns what a client is answered whose first line is of another protocol,
-// "" if it is not, and whether its connection ends.
+// FuzzConversation ensures that whatever bytes a client sends, in whatever pieces, it gets exactly
+// the replies of the model. other returns what a client is answered whose first line is of another
+// protocol, "" if it is not, and whether its connection ends.
 func FuzzConversation(f *testing.F, start Start, help []string, other func(line string) (string, bool)) {
 	for i, c := range All(help) {
 		if len(c.Send) < 10_000 {

@@ -161,7 +161,8 @@ func TakeOfALateReader(t *testing.T, start Start) {
 }
 
 // TakeOnRealSockets ensures that the Take of a client on a real connection leaves the line when the
-// connection breaks, and on a unix socket when it is closed, even after the client's own half-close.
+// connection breaks, and on a unix socket when it is closed, even after the client's own
+// half-close.
 func TakeOnRealSockets(t *testing.T, serve func(listeners ...net.Listener)) {
 	t.Parallel()
 	unix, err := net.Listen("unix", filepath.Join(t.TempDir(), "sock"))

@@ -81,8 +81,8 @@ func (m *Model) Answer(number int, line string) string {
 	return out
 }
 
-// ofList does a request about the values of a key, if it is one. f has the line's fields. n is what the
-// :OK line says, and out are the lines before it.
+// ofList does a request about the values of a key, if it is one. f has the line's fields. n is what
+// the :OK line says, and out are the lines before it.
 func (m *Model) ofList(verb string, f []string) (n int, out string, isOne bool) {
 	fields := len(f)
 	if verb == "" || fields < 2 || f[1] == "" {

@@ -76,8 +76,8 @@ func DialTCP(t testing.TB, addr string) *Client {
 	return NewClient(t, conn)
 }
 
-// Outputs runs a command to its end, and returns what it prints, unless that goes elsewhere, and its
-// exit code.
+// Outputs runs a command to its end, and returns what it prints, unless that goes elsewhere, and
+// its exit code.
 func Outputs(cmd *exec.Cmd) (out, errs string, code int) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = cmp.Or(cmd.Stdout, io.Writer(&stdout)), &stderr
@@ -108,8 +108,8 @@ func Stop(t testing.TB, cmd *exec.Cmd, log io.Reader, sig os.Signal, texts ...st
 	is.In(t, "the log", string(rest), texts...)
 }
 
-// Await waits until isTrue returns true, where that takes real time: another process or the kernel does
-// it.
+// Await waits until isTrue returns true, where that takes real time: another process or the kernel
+// does it.
 func Await(t *testing.T, what string, isTrue func() bool) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); !isTrue(); <-time.After(5 * time.Millisecond) {

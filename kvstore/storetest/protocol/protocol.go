@@ -1,6 +1,6 @@
-// Package protocol has the conversations that anybody may have with a server of lists: what is sent,
-// and what must come back, to the last byte. It needs nothing of the server but a way to connect, or
-// to start it on a store, or the command that starts it.
+// Package protocol has the conversations that anybody may have with a server of lists: what is
+// sent, and what must come back, to the last byte. It needs nothing of the server but a way to
+// connect, or to start it on a store, or the command that starts it.
 //
 //	client.go         a client that knows what to expect
 //	conversations.go  every request, every mistake and its hint, ends of lines, other protocols
@@ -27,8 +27,8 @@ import (
 	"kvserver/kvstore/storetest/world"
 )
 
-// MaxLine is the longest line in bytes that a server takes here (-max-line): short enough to be tried,
-// and longer than a client's first buffers.
+// MaxLine is the longest line in bytes that a server takes here (-max-line): short enough to be
+// tried, and longer than a client's first buffers.
 const MaxLine = 20_000
 
 const kilo = 1000 // bytes

@@ -340,8 +340,8 @@ func MemoryOfALastRequest(t *testing.T, start StartOn) {
 }
 
 // ExpireManyAtOnce ensures that many keys that end at once are deleted in turns with the clients'
-// requests, and that nobody sees those that are still there. A round of turns may take this long beside
-// so many Deletes.
+// requests, and that nobody sees those that are still there. A round of turns may take this long
+// beside so many Deletes.
 func ExpireManyAtOnce(t *testing.T, start StartOn, round time.Duration, deletes int) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

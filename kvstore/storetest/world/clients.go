@@ -376,8 +376,8 @@ func (v *visitor) silence() {
 	var all sync.WaitGroup
 	defer all.Wait()
 
-	// A client that is far away takes its time, but keeps its place while others that say nothing at
-	// all have one. So with some places it may fail no more than once, by chance.
+	// A client that is far away takes its time, but keeps its place while others that say nothing
+	// at all have one. So with some places it may fail no more than once, by chance.
 	far, most := v.settings.Handshakes >= 10 && Chance(v.random, 2), 3
 	if far {
 		most = 2

@@ -146,8 +146,8 @@ func (v *visitor) awaitCut(isTooMuch, drips bool) {
 	}
 }
 
-// drip has others read a Dump each by drips: too often to count as slow, and yet more slowly than any
-// steady reader. They have all the snapshots, and must lose one to a client that waits for it.
+// drip has others read a Dump each by drips: too often to count as slow, and yet more slowly than
+// any steady reader. They have all the snapshots, and must lose one to a client that waits for it.
 func (v *visitor) drip() {
 	key := "drip" + v.id
 	if v.fillList(key, 22, 15*kilo) == nil {
@@ -282,8 +282,9 @@ func (v *visitor) checkMark(key, mark string, replySize int) {
 	io.WriteString(other.conn, "Get:"+key+"\n")
 	lines, last, err := other.reply()
 
-	// A reply of several messages that has begun may wait while queues are full, a full memory or disk
-	// may refuse the mark, and where ticks come late it takes long until a client counts as slow.
+	// A reply of several messages that has begun may wait while queues are full, a full memory or
+	// disk may refuse the mark, and where ticks come late it takes long until a client counts as
+	// slow.
 	s := v.settings
 	hasLimit := s.MaxQueues < 1<<30 || s.MaxMemory > 0
 	mayWait := hasLimit && 2*replySize > s.MaxMessage || v.late > 0
