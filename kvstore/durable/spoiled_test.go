@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -549,16 +550,17 @@ func TestCloseReadsBesideTheTimer(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		reads := 0
+		var reads atomic.Int64
 		dir.Before = func(c storetest.Call) error {
-			if reads++; c.What == "read" {
+			if c.What == "read" {
+				reads.Add(1)
 				<-time.After(2 * vouchTime)
 			}
 			return nil
 		}
 		err := d.Close()
-		if err != nil || reads == 0 || strings.Contains(log.String(), "ERROR") {
-			t.Errorf("Close: %v after %d reads, and logs\n%s", err, reads, log)
+		if err != nil || reads.Load() == 0 || strings.Contains(log.String(), "ERROR") {
+			t.Errorf("Close: %v after %d reads, and logs\n%s", err, reads.Load(), log)
 		}
 	})
 }
