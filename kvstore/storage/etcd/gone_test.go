@@ -531,3 +531,38 @@ func TestEtcdPutBackTwice(t *testing.T) {
 		d.Close()
 	})
 }
+
+// Ensure that a server leaves another one its lock, also at once after that was taken, in an older
+// state of etcd whose revision is no older one any more, because others write there, too.
+func TestEtcdPutBackAmongOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		before := beforeThat(t, e, h, "stopped")
+		first, _ := e.open(t)
+		for range 60 {
+			first.Put("k", "v")
+			if err := first.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(3*time.Second + beatTime/2) // its next sign of life comes before the other one's
+
+		e.restore(before, e.id)
+		other, w := e.open(t)
+		commit(t, other, h, "k", "of the other one")
+		e.write(200)
+
+		first.Put("k", "late")
+		if err := first.Commit(); !errors.Is(err, ErrRestored) {
+			t.Errorf("a write of the first one: %v, want %v", err, ErrRestored)
+		}
+		first.Close()
+		commit(t, other, h, "k", "of the other one")
+
+		w.kill()
+		<-other.Lost()
+		other.Close()
+		after, _ := e.dir(t, t.Context(), "third:9999")
+		checkKept(t, h, after, "after that")
+	})
+}
