@@ -480,30 +480,32 @@ func TestEtcdPutBackUnderAnother(t *testing.T) {
 	}
 }
 
-// Ensure that a server ends if somebody shows life in the lock of an older state of etcd, also if
-// that one seems to have begun long ago, because its clock is behind.
+// Ensure that a server ends if somebody shows life in an older state of etcd, in the lock or by a
+// change of names, also if that one seems to have begun long ago, because its clock is behind.
 func TestEtcdPutBackBesideLife(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, h := newFakeEtcd(), storetest.NewHistory()
-		before := beforeThat(t, e, h, "killed")
-		lock := string(before.kvs["kv/lock"].Value)
-		d, _ := e.open(t)
-		for range 20 {
-			commit(t, d, h, "k", "v")
-		}
+	for _, key := range []string{"kv/lock", "kv/step"} {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			before := beforeThat(t, e, h, "killed")
+			lock := string(before.kvs["kv/lock"].Value)
+			d, _ := e.open(t)
+			for range 20 {
+				commit(t, d, h, "k", "v")
+			}
 
-		e.restore(before, e.id)
-		time.AfterFunc(lockTime-beatTime, func() { e.put("kv/lock", lock) })
-		if err := d.Commit(); err != nil { // the last sign of life is fresh
-			t.Error(err)
-		}
-		d.Put("k", "new")
-		err := d.Commit()
-		if !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
-			t.Errorf("beside somebody who lives: %v, want %v", err, ErrRestored)
-		}
-		d.Close()
-	})
+			e.restore(before, e.id)
+			time.AfterFunc(lockTime-beatTime, func() { e.put(key, string(before.kvs[key].Value)) })
+			if err := d.Commit(); err != nil { // the last sign of life is fresh
+				t.Error(err)
+			}
+			d.Put("k", "new")
+			err := d.Commit()
+			if !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
+				t.Errorf("beside somebody who changes %s: %v, want %v", key, err, ErrRestored)
+			}
+			d.Close()
+		})
+	}
 }
 
 // Ensure that a server waits again if etcd is put back once more: what it has seen before that says
