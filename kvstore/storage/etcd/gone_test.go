@@ -480,30 +480,32 @@ func TestEtcdPutBackUnderAnother(t *testing.T) {
 	}
 }
 
-// Ensure that a server ends if somebody shows life in the lock of an older state of etcd, also if
-// that one seems to have begun long ago, because its clock is behind.
+// Ensure that a server ends if somebody shows life in an older state of etcd, in the lock or by a
+// change of names, also if that one seems to have begun long ago, because its clock is behind.
 func TestEtcdPutBackBesideLife(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, h := newFakeEtcd(), storetest.NewHistory()
-		before := beforeThat(t, e, h, "killed")
-		lock := string(before.kvs["kv/lock"].Value)
-		d, _ := e.open(t)
-		for range 20 {
-			commit(t, d, h, "k", "v")
-		}
+	for _, key := range []string{"kv/lock", "kv/step"} {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			before := beforeThat(t, e, h, "killed")
+			lock := string(before.kvs["kv/lock"].Value)
+			d, _ := e.open(t)
+			for range 20 {
+				commit(t, d, h, "k", "v")
+			}
 
-		e.restore(before, e.id)
-		time.AfterFunc(lockTime-beatTime, func() { e.put("kv/lock", lock) })
-		if err := d.Commit(); err != nil { // the last sign of life is fresh
-			t.Error(err)
-		}
-		d.Put("k", "new")
-		err := d.Commit()
-		if !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
-			t.Errorf("beside somebody who lives: %v, want %v", err, ErrRestored)
-		}
-		d.Close()
-	})
+			e.restore(before, e.id)
+			time.AfterFunc(lockTime-beatTime, func() { e.put(key, string(before.kvs[key].Value)) })
+			if err := d.Commit(); err != nil { // the last sign of life is fresh
+				t.Error(err)
+			}
+			d.Put("k", "new")
+			err := d.Commit()
+			if !errors.Is(err, ErrRestored) || string(e.kvs["kv/lock"].Value) != lock {
+				t.Errorf("beside somebody who changes %s: %v, want %v", key, err, ErrRestored)
+			}
+			d.Close()
+		})
+	}
 }
 
 // Ensure that a server waits again if etcd is put back once more: what it has seen before that says
@@ -529,5 +531,40 @@ func TestEtcdPutBackTwice(t *testing.T) {
 			t.Errorf("the lock is taken after %v", took)
 		}
 		d.Close()
+	})
+}
+
+// Ensure that a server leaves another one its lock, also at once after that was taken, in an older
+// state of etcd whose revision is no older one any more, because others write there, too.
+func TestEtcdPutBackAmongOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, h := newFakeEtcd(), storetest.NewHistory()
+		before := beforeThat(t, e, h, "stopped")
+		first, _ := e.open(t)
+		for range 60 {
+			first.Put("k", "v")
+			if err := first.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		<-time.After(3*time.Second + beatTime/2) // its next sign of life comes before the other one's
+
+		e.restore(before, e.id)
+		other, w := e.open(t)
+		commit(t, other, h, "k", "of the other one")
+		e.write(200)
+
+		first.Put("k", "late")
+		if err := first.Commit(); !errors.Is(err, ErrRestored) {
+			t.Errorf("a write of the first one: %v, want %v", err, ErrRestored)
+		}
+		first.Close()
+		commit(t, other, h, "k", "of the other one")
+
+		w.kill()
+		<-other.Lost()
+		other.Close()
+		after, _ := e.dir(t, t.Context(), "third:9999")
+		checkKept(t, h, after, "after that")
 	})
 }

@@ -407,8 +407,10 @@ func (l *clusterLock) retakeNow(ctx context.Context) error {
 	}
 
 	// A later revision is somebody else's lock. And if our sign of life is old, another server may
-	// have had the lock in between. Only if etcd has gone back that says nothing.
-	if l.past != nil || ours > 0 && w.at < max(ours, known) {
+	// have had the lock in between. Only if etcd has gone back that says nothing: then its revision
+	// is older than ours, or the lock's is, even if others have written much there since.
+	isOlder := w.at < max(ours, known) || w.revision > 0 && w.revision <= ours
+	if l.past != nil || ours > 0 && isOlder {
 		if err := l.waitOut(&was, w); err != nil {
 			return err
 		}
