@@ -58,13 +58,14 @@ type directory struct {
 
 	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
-	// etcd's revision before it was perhaps restored; 0: it was not; math.MaxInt64: it was
+	// etcd's revision before it was perhaps restored; 0: it was not; math.MaxInt64, which is more
+	// than any: it was, so revisions cannot be compared
 	known atomic.Int64
 }
 
-// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock waits
-// for it only a while, and because in a test with a fake clock time goes on while somebody waits
-// for it.
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock
+// waits for it only a while, and because in a test with a fake clock time goes on while somebody
+// waits for it.
 type access chan struct{}
 
 // begin waits until nobody else has access. It returns the function that ends the access.
@@ -80,8 +81,8 @@ const segmentBytes = 16 << 20
 
 // Options are what Open needs to know. The zero value is for a process that only reads.
 type Options struct {
-	// Addr is the address at which this process will serve the data. Other servers that wait for the
-	// lock log it. If Addr is "", Lock does not wait for a holder that is alive.
+	// Addr is the address at which this process will serve the data. Other servers that wait for
+	// the lock log it. If Addr is "", Lock does not wait for a holder that is alive.
 	Addr   string
 	Log    *slog.Logger    // nil: log nothing
 	Status *storage.Status // nil: nobody reads it
@@ -304,8 +305,8 @@ func stepTime(value []byte) time.Time {
 	return took
 }
 
-// beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
-// so that the request is harmless if the network delivers it a second time, later.
+// beginSteps starts a new series of steps. The caller has access. The step that is there is
+// compared, so that the request is harmless if the network delivers it a second time, later.
 func (d *directory) beginSteps() error {
 	step, revision := d.key("step"), int64(0)
 	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
@@ -360,8 +361,8 @@ func (d *directory) change(ids map[string]string) error {
 		return err
 	}
 
-	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
-	// is no longer lost.
+	// The change is durable in etcd: note it here. A name that has got another file, or was
+	// removed, is no longer lost.
 	d.step++
 	if len(names) == 0 {
 		d.pieces.Store(0)
@@ -477,8 +478,8 @@ func (d *directory) setNames(names map[string]string) {
 
 // check finds out whether etcd has everything that this process has written. If anything is gone,
 // all files count as lost: the store then writes all its data again, so what is left of them is of
-// no use. It returns false if it could not find out: etcd did not answer, a file is being written, a
-// write has arrived late, or the lock has to be taken again.
+// no use. It returns false if it could not find out: etcd did not answer, a file is being written,
+// a write has arrived late, or the lock has to be taken again.
 func (d *directory) check() (isKnown bool) {
 	defer d.access.begin()()
 
@@ -499,7 +500,8 @@ func (d *directory) check() (isKnown bool) {
 		return false
 	}
 
-	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived late.
+	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived
+	// late.
 	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known.Load()
 	for name, id := range names {
 		f := d.files[id]
@@ -535,9 +537,9 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a moment
-// at which no file is being written. It fails if that moment does not come soon. The caller has
-// access.
+// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a
+// moment at which no file is being written. It fails if that moment does not come soon. The caller
+// has access.
 func (d *directory) takeStock() (names map[string]string, more int64, lock []keyValue, err error) {
 	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
@@ -554,8 +556,8 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 		return d.client.try(d.lock.ctx, at, t)
 	})
 
-	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have all
-	// their bytes then. If that is why the numbers differ, look again later.
+	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have
+	// all their bytes then. If that is why the numbers differ, look again later.
 	counted := d.pieces.Load()
 	for _, f := range d.files {
 		if err == nil && pieces != counted && d.lock.isOursIn(lock) && !f.isDead.Load() {

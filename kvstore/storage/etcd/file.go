@@ -301,7 +301,8 @@ func (f *pieceFile) fetchPage(i int) error {
 }
 
 // WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips: a start writes again what may not be on a disk.
+// them; bytes that are in the file already it skips: a start writes again what may not be on a
+// disk.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.begin()()
 	rest := b
@@ -358,8 +359,8 @@ func (f *pieceFile) send(least int) error {
 }
 
 // settle reads which pieces the file has by now, after a request that may have arrived without an
-// answer, or arrives later than others. Such a request puts bytes that buf began with, and may remove
-// pieces that it joins. why is the error for which settle is called; nil: there was none.
+// answer, or arrives later than others. Such a request puts bytes that buf began with, and may
+// remove pieces that it joins. why is the error for which settle is called; nil: there was none.
 func (f *pieceFile) settle(why error) error {
 	was := f.extent
 	isChanged, err := f.reread()
@@ -392,9 +393,10 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have arrived,
-// or may arrive later. After errSmaller and errUnlike the caller settles what the file has, and calls
-// put again, which takes fewer bytes after errSmaller. After any other error no more pieces can be added.
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
+// arrived, or may arrive later. After errSmaller and errUnlike the caller settles what the file
+// has, and calls put again, which takes fewer bytes after errSmaller. After any other error no more
+// pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.

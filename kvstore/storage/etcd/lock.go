@@ -53,9 +53,10 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
-	// since when etcd answers, but not as it was; nil: it is as it was when it answered last
+	// since when etcd answers from an older state, or another cluster; nil: its last answer was
+	// from ours
 	changed  atomic.Pointer[time.Time]
-	retaking access // guards past; nobody accepts a changed etcd meanwhile
+	retaking access // guards past; held by accept and retake
 	past     *sight // what retake has seen of an older state; nil: etcd has not gone back
 	// sent to by wake, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
@@ -107,7 +108,7 @@ func (l *clusterLock) wake() {
 }
 
 // judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody
-// has taken the lock, or something of ours is gone. It returns an ErrTakenOver or a
+// has taken the lock, or something of ours is gone. It returns an ErrTakenOver, an ErrRestored or a
 // storage.ErrGone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
@@ -137,12 +138,13 @@ func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err erro
 	return o, kvs[0].Revision, nil
 }
 
-// sight is what a process that waits for the lock has seen of it.
+// sight is what a process has seen of a lock that is not its own: it waits for that, or had it
+// before etcd went back (past).
 type sight struct {
 	holder
 	revision int64     // of the last sign of life; 0: there is no lock
 	step     int64     // the revision of the key step; 0: there is no such key
-	stepped  time.Time // when who has written step has taken the lock; zero: not known
+	stepped  time.Time // when the process that wrote step took the lock; zero: not known
 	at       int64     // etcd's revision
 	isEmpty  bool      // there are no files
 	isNew    bool      // no look has found any key of the store
@@ -152,8 +154,8 @@ type sight struct {
 	told     string    // the reason for the wait that the log was told last
 }
 
-// look reads the lock. It asks with a put that never happens, because a full etcd refuses that: while
-// etcd is full the lock's holder cannot show a sign of life, so this time must not count.
+// look reads the lock. It asks with a put that never happens, because a full etcd refuses that:
+// while etcd is full the lock's holder cannot show a sign of life, so this time must not count.
 func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
@@ -380,8 +382,8 @@ func (l *clusterLock) retake(ctx context.Context) error {
 	return l.retakeNow(ctx)
 }
 
-// judgeAndRetake is judge, and then retake, unless the lock was taken again since the sign of life last:
-// then the answer is older than that.
+// judgeAndRetake is judge, and then retake, unless the lock was taken again since the sign of life
+// last: then the answer is older than that.
 func (l *clusterLock) judgeAndRetake(lock []keyValue, last *time.Time) error {
 	defer l.retaking.begin()()
 	if l.confirmed.Load() != last {
@@ -426,7 +428,8 @@ func (l *clusterLock) retakeNow(ctx context.Context) error {
 	return err
 }
 
-// errWaits is returned by retake while whoever has the lock in an older state of etcd may live.
+// errWaits is returned by retake while the process that has the lock in an older state may still
+// run.
 var errWaits = fmt.Errorf("%w, and may live", ErrRestored)
 
 // waitOut returns nil once l may take the lock in an older state of etcd. w is what there is, and
@@ -455,7 +458,8 @@ func (l *clusterLock) waitOut(was, w *sight) error {
 		return l.takenOver()
 	}
 
-	isFree := w.revision == 0 && l.age() < freshTime || time.Since(w.since) >= lockTime
+	// A lock that was given back is free for everybody: the server that has the data comes first.
+	isFree := w.Released || w.revision == 0 && l.age() < freshTime || time.Since(w.since) >= lockTime
 	if !isFree {
 		return errWaits
 	}
@@ -481,8 +485,9 @@ func (l *clusterLock) age() time.Duration {
 // Lost is closed when the lock is lost or given back.
 func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 
-// Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
-// old, it waits for the next one: if that arrives, nobody has had the lock.
+// Held returns nil if nobody else can have had the lock up to now, unless etcd went back to a state
+// in which it was free, since the last sign of life. If that sign is too old, it waits for the next
+// one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
 	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
@@ -544,8 +549,9 @@ func (l *clusterLock) show(sent time.Time) bool {
 		latest = changed
 	}
 
-	// Silence ends the lock only if this sign was sent patienceTime or more after the last confirmed one,
-	// by the monotonic clock. Another holder, or a refusal by all members, ends it at once.
+	// Silence ends the lock only if this sign was sent patienceTime or more after the last
+	// confirmed one, by the monotonic clock. Another holder, or a refusal by all members, ends it
+	// at once.
 	switch isLate := sent.Sub(*latest) >= patienceTime; {
 	case l.beating.Err() != nil: // the lock was given back or lost
 	case err == nil && answer.Succeeded:
