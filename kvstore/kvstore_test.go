@@ -296,10 +296,10 @@ func checkLarge(t *testing.T, m *Memory) {
 			t.Fatalf("an entry of %d bytes has %d", len(r.data), cap(r.data))
 		}
 
-		if r.list == nil {
+		if r.long == nil {
 			continue
 		}
-		l := r.list
+		l := r.long
 		if len(l.values) == 0 || l.bytes != int64(SizeOf(l.values)) ||
 			len(l.hashes) != len(l.values) {
 			t.Fatalf("a list of %d values counts %d bytes and has %d hashes", len(l.values), l.bytes,

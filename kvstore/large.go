@@ -18,7 +18,7 @@ const perLongValue = 45
 // number, so their table has no empty places.
 type large struct {
 	data     entry
-	list     *longList // nil: the values are in data
+	long     *longList // nil: the values are in data
 	deadline int64     // 0: none. data itself never has one
 	epoch    uint64    // Memory's when data was made: a snapshot taken since has data, too
 	shown    bool      // strings that are parts of data were handed out
@@ -47,7 +47,7 @@ func (v *view) long(slot uint64) *longList {
 	if slot&largeBit == 0 {
 		return nil
 	}
-	return v.large.at(number(slot)).list
+	return v.large.at(number(slot)).long
 }
 
 // ownLong returns the long list of a slot for a change: a copy, if a snapshot may have the list. It
@@ -60,7 +60,7 @@ func (m *Memory) ownLong(slot uint64) *longList {
 		mine := *l
 		mine.epoch, mine.shared = m.epoch, true
 		l = &mine
-		m.large.own(number(slot), m.epoch).list = l
+		m.large.own(number(slot), m.epoch).long = l
 	}
 
 	return l
@@ -90,7 +90,7 @@ func (m *Memory) writeLarge(slot uint64, key string, values []string, l *longLis
 	r := m.large.own(k, m.epoch)
 	m.largeBytes += int64(cap(data) - cap(r.data))
 	m.release(r.data, r.epoch, r.shown)
-	*r = large{data: data, list: l, deadline: deadline, epoch: m.epoch}
+	*r = large{data: data, long: l, deadline: deadline, epoch: m.epoch}
 	return largeBit | uint64(k)
 }
 

@@ -155,8 +155,8 @@ func (m *Memory) View(scratch []string, key string) []string {
 	// Memory of which the caller sees a part is marked: it must not be reused.
 	if at.slot&largeBit == 0 {
 		m.accounts[at.slot&addrMask>>slabBits].shown = true
-	} else if r := m.large.at(number(at.slot)); r.list != nil {
-		return m.handOut(r.list)
+	} else if r := m.large.at(number(at.slot)); r.long != nil {
+		return m.handOut(r.long)
 	} else if r.epoch == m.epoch { // otherwise it is not reused anyway
 		r.shown = true
 	}
@@ -491,7 +491,7 @@ func (s *snapshot) View(scratch []string, key string) []string {
 // valuesAt returns the list of a slot.
 func (s *snapshot) valuesAt(slot uint64, scratch []string) []string {
 	if slot&largeBit != 0 {
-		if l := s.large.at(number(slot)).list; l != nil {
+		if l := s.large.at(number(slot)).long; l != nil {
 			return slices.Clip(l.values)
 		}
 	}

@@ -239,8 +239,8 @@ func (j *journal) syncLater() {
 }
 
 // startTimer is syncLater for frames that may have waited this long already. The caller holds mu.
-func (j *journal) startTimer(waited time.Duration) {
-	wait := j.fsync - waited
+func (j *journal) startTimer(since time.Duration) {
+	wait := j.fsync - since
 	switch j.fsync {
 	case FsyncNever:
 		return

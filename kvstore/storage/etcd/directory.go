@@ -68,13 +68,13 @@ type directory struct {
 // waits for it.
 type access chan struct{}
 
-// begin waits until nobody else has access. It returns the function that ends the access.
-func (a access) begin() (end func()) {
+// enter waits until nobody else has access. It returns the function that ends the access.
+func (a access) enter() (end func()) {
 	a <- struct{}{}
-	return a.end
+	return a.leave
 }
 
-func (a access) end() { <-a }
+func (a access) leave() { <-a }
 
 // segmentBytes is how large a log file becomes, in bytes.
 const segmentBytes = 16 << 20
@@ -349,7 +349,7 @@ func (d *directory) change(ids map[string]string) error {
 	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
-			defer f.access.begin()()
+			defer f.access.enter()()
 		}
 	}
 
@@ -411,8 +411,8 @@ func (d *directory) sweep(ids []string) error {
 	return nil
 }
 
-// begin reads what is in etcd, once the lock is held.
-func (d *directory) begin() error {
+// readAll reads what is in etcd, once the lock is held.
+func (d *directory) readAll() error {
 	// A new series of steps makes every change fail that was sent before, and arrives late.
 	if err := d.beginSteps(); err != nil {
 		return err
@@ -481,7 +481,7 @@ func (d *directory) setNames(names map[string]string) {
 // no use. It returns false if it could not find out: etcd did not answer, a file is being written,
 // a write has arrived late, or the lock has to be taken again.
 func (d *directory) check() (isKnown bool) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// First the lock must be ours again, so that nobody else changes what we compare.
 	if d.lock.isGone() && d.recover() != nil {
@@ -546,7 +546,7 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 	for _, f := range d.files {
 		select {
 		case f.access <- struct{}{}:
-			defer f.access.end()
+			defer f.access.leave()
 		case <-late:
 			return nil, 0, nil, errors.New("a file is being written")
 		}
@@ -589,7 +589,7 @@ func (d *directory) recover() error {
 func (d *directory) accept() error {
 	// No other retake may ask etcd while it is not known what revision it had.
 	l := d.lock
-	defer l.retaking.begin()()
+	defer l.retaking.enter()()
 
 	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
 	// be compared with ours, so any lock there that is not ours is somebody else's.
@@ -614,7 +614,7 @@ func (d *directory) accept() error {
 // List returns the names of files, and while there is no lock also the quoted names of keys that
 // are not ours.
 func (d *directory) List() (list []string, err error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// Without the lock no names are known: ask etcd. Keys that are not ours are listed so that a
 	// start refuses the prefix, and people see why.
@@ -732,8 +732,8 @@ func (d *directory) mayBegin(ctx context.Context) error {
 	return nil
 }
 
-// find returns the id of a name. The caller has access.
-func (d *directory) find(name string) (id string, err error) {
+// fileID returns the id of a name. The caller has access.
+func (d *directory) fileID(name string) (id string, err error) {
 	// The holder of the lock knows all names. Any other process asks etcd each time.
 	names := d.names
 	if d.lock == nil {
@@ -748,7 +748,7 @@ func (d *directory) find(name string) (id string, err error) {
 
 // Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"
@@ -760,8 +760,8 @@ func (d *directory) Create(name string) (storage.File, error) {
 }
 
 func (d *directory) Rename(from, to string) error {
-	defer d.access.begin()()
-	id, err := d.find(from)
+	defer d.access.enter()()
+	id, err := d.fileID(from)
 	if err == nil {
 		err = d.change(map[string]string{to: id, from: ""})
 	}
@@ -769,9 +769,9 @@ func (d *directory) Rename(from, to string) error {
 }
 
 func (d *directory) Remove(name string) error {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
-	if _, err := d.find(name); err != nil {
+	if _, err := d.fileID(name); err != nil {
 		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
@@ -786,9 +786,9 @@ func (d *directory) Extend(name string) (storage.File, error) {
 // Open opens a file. The holder of the lock asks etcd for a file's pieces only once: nobody else
 // writes the file.
 func (d *directory) Open(name string) (storage.File, int64, error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
-	id, err := d.find(name)
+	id, err := d.fileID(name)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -806,14 +806,14 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		d.files[id] = f
 	}
 
-	return f, f.end(), nil
+	return f, f.length(), nil
 }
 
 // Sync has nothing to make durable: every change of names is durable when it is made. The first
 // Sync after a start, or after a sweep that failed, removes all pieces of files without a name,
 // such as a crash leaves.
 func (d *directory) Sync() error {
-	defer d.access.begin()()
+	defer d.access.enter()()
 	// Only the holder may remove anything, and once is enough: nobody else writes.
 	if d.isSwept || d.lock == nil {
 		return nil

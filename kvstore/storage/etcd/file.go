@@ -92,8 +92,8 @@ func (f *pieceFile) open() error {
 }
 
 // end is the size of the file, with what is not sent yet.
-func (f *pieceFile) end() int64 {
-	defer f.access.begin()()
+func (f *pieceFile) length() int64 {
+	defer f.access.enter()()
 	return f.size + int64(len(f.buf))
 }
 
@@ -163,7 +163,7 @@ func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
 	// Without the lock, another process may have removed or replaced the file.
 	if f.d.lock == nil {
-		id, findErr := f.d.find(f.name)
+		id, findErr := f.d.fileID(f.name)
 		err, isGone = findErr, id != f.id
 	}
 
@@ -174,7 +174,7 @@ func (f *pieceFile) isThere() (err error) {
 }
 
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
-	defer f.access.begin()()
+	defer f.access.enter()()
 
 	// What is left of a file that was removed or is lost is of no use.
 	if f.isDead.Load() {
@@ -304,7 +304,7 @@ func (f *pieceFile) fetchPage(i int) error {
 // them; bytes that are in the file already it skips: a start writes again what may not be on a
 // disk.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	rest := b
 
 	// The file was removed or is lost: its bytes go nowhere, as those of a removed file on a disk.
@@ -536,12 +536,12 @@ func unpack(b []byte, size int64) []byte {
 }
 
 func (f *pieceFile) Sync() error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	return f.send(1)
 }
 
 func (f *pieceFile) Truncate(size int64) error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	err := f.send(1)
 	if err == nil && size != f.size && !f.isDead.Load() {
 		err = f.cut(size)
@@ -551,7 +551,7 @@ func (f *pieceFile) Truncate(size int64) error {
 
 // Close releases memory. It does not send: Sync must come first.
 func (f *pieceFile) Close() error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	f.page, f.tail, f.tails, f.before = nil, nil, 0, f.last
 	return nil
 }

@@ -132,8 +132,8 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 		}
 
 		<-ended
-		if err := lock.Held(); err != nil || f.(*pieceFile).end() != 50 {
-			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).end())
+		if err := lock.Held(); err != nil || f.(*pieceFile).length() != 50 {
+			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).length())
 		}
 		lock.Close()
 	})

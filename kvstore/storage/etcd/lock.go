@@ -257,8 +257,8 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 // gives up. err is the result of the last look, and before the lock's revision at the look before.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
-	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
-	silence := min(waited, time.Since(w.answered))
+	isImpatient, soFar := d.opts.Addr == "", time.Since(w.began)
+	silence := min(soFar, time.Since(w.answered))
 	stage := "the data is in use " + w.holder.String()
 
 	switch {
@@ -267,7 +267,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	case isFull:
 		stage = errFull.Error()
 
-	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
+	case isSilent && isImpatient && soFar >= patienceTime, err != nil && !isSilent:
 		// To wait does not help if all members refuse, or if the lock is not kvserver's.
 		return err
 	case isSilent && silence < tellTime: // for example, too few members answer for a new store
@@ -321,7 +321,7 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()
 	d.client.findQuota(l.ctx)
-	if err := d.begin(); err != nil {
+	if err := d.readAll(); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -378,14 +378,14 @@ func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error
 // deleted it, or restored an older state of etcd. While that sign is fresh nobody else can have had
 // the lock.
 func (l *clusterLock) retake(ctx context.Context) error {
-	defer l.retaking.begin()()
+	defer l.retaking.enter()()
 	return l.retakeNow(ctx)
 }
 
 // judgeAndRetake is judge, and then retake, unless the lock was taken again since the sign of life
 // last: then the answer is older than that.
 func (l *clusterLock) judgeAndRetake(lock []keyValue, last *time.Time) error {
-	defer l.retaking.begin()()
+	defer l.retaking.enter()()
 	if l.confirmed.Load() != last {
 		return nil
 	}
