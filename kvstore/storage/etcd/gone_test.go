@@ -380,7 +380,7 @@ func putBack(t *testing.T, lock string, away time.Duration, hasStandby bool) {
 
 	began := time.Now()
 	commit(t, d, h, "k", "new")
-	mustWait := lock == "killed" || lock == "none" && away >= freshTime
+	mustWait := lock != "none" || away >= freshTime
 	if took := time.Since(began); took > lockTime+time.Second || took < lockTime && mustWait {
 		t.Errorf("it takes %v", took)
 	}

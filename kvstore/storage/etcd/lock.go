@@ -458,8 +458,7 @@ func (l *clusterLock) waitOut(was, w *sight) error {
 		return l.takenOver()
 	}
 
-	// A lock that was given back is free for everybody: the server that has the data comes first.
-	isFree := w.Released || w.revision == 0 && l.age() < freshTime || time.Since(w.since) >= lockTime
+	isFree := w.revision == 0 && l.age() < freshTime || time.Since(w.since) >= lockTime
 	if !isFree {
 		return errWaits
 	}
