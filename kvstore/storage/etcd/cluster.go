@@ -72,11 +72,6 @@ var (
 	// ErrTakenOver is returned when another process has taken the lock.
 	ErrTakenOver = storage.NewError("another server has taken the data over",
 		"Nothing is lost. Start it again. Was it paused or cut off?")
-	// ErrRestored is returned when etcd has gone back to an older state, or is another cluster now,
-	// and another process has the lock there, or has had it.
-	ErrRestored = storage.NewError("etcd was restored, and another server may have the lock there",
-		"What was answered since that state of etcd is lost. Start again: the server goes on with "+
-			"what is there. Stop all servers before you restore etcd.")
 	// ErrOther is returned when a member belongs to another cluster than the members that have
 	// answered before, or when the cluster has gone back to an older state: somebody has restored a
 	// backup.
@@ -84,12 +79,12 @@ var (
 		"addresses in -data belong to one cluster? If somebody has restored it, start again: the "+
 		"server goes on with what is there.")
 
-	// errSmaller is returned for a request that failed because of its size: etcd found it too
-	// large, or it took too long. The caller asks for less at a time.
+	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
+	// or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
 	errSilent  = errors.New("no answer")
-	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the
-	// name that it follows.
+	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the name
+	// that it follows.
 	errUnlike = errors.New("etcd has not what was written before")
 )
 
@@ -369,8 +364,8 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 
-	// Read spent first: bytes that are written from here on may not be in the sizes that the
-	// members answer.
+	// Read spent first: bytes that are written from here on may not be in the sizes that the members
+	// answer.
 	var wg sync.WaitGroup
 	spent, answers := c.spent.Load(), make([]response, len(c.members))
 	for i, member := range c.members {

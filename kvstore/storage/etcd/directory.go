@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -26,7 +25,7 @@ import (
 // directory is a Directory in a cluster. Its address gives a prefix, below which are these keys:
 //
 //	lock        who may write: a holder in JSON, which puts it again every beatTime
-//	step        which change of names was the last, and when its process took the lock
+//	step        which change of names was the last
 //	n/NAME      the id of the file that has this name
 //	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
 //	            size. A value shorter than this size is compressed (DEFLATE)
@@ -45,7 +44,6 @@ type directory struct {
 	opts   Options
 
 	ctx  context.Context // for requests while there is no lock
-	told sync.Once       // the log, that etcd does not answer yet
 	lock *clusterLock    // set by Lock; nil before
 
 	access  access                // guards what is below
@@ -54,35 +52,33 @@ type directory struct {
 	names   map[string]string     // the id of each name, once the lock is held
 	files   map[string]*pieceFile // by id: files that were opened since
 	lost    map[string]bool       // names whose files etcd may not have as they were written
+	known   int64                 // the revision before etcd was perhaps restored; 0: it was not
 	isSwept bool                  // pieces of files without a name were removed
 
 	stamps atomic.Pointer[map[string]storage.Stamp] // for Stamps, by name
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
-	// etcd's revision before it was perhaps restored; 0: it was not; math.MaxInt64, which is more
-	// than any: it was, so revisions cannot be compared
-	known atomic.Int64
 }
 
-// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock
-// waits for it only a while, and because in a test with a fake clock time goes on while somebody
-// waits for it.
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock waits
+// for it only a while, and because in a test with a fake clock time goes on while somebody waits
+// for it.
 type access chan struct{}
 
-// enter waits until nobody else has access. It returns the function that ends the access.
-func (a access) enter() (end func()) {
+// begin waits until nobody else has access. It returns the function that ends the access.
+func (a access) begin() (end func()) {
 	a <- struct{}{}
-	return a.leave
+	return a.end
 }
 
-func (a access) leave() { <-a }
+func (a access) end() { <-a }
 
 // segmentBytes is how large a log file becomes, in bytes.
 const segmentBytes = 16 << 20
 
 // Options are what Open needs to know. The zero value is for a process that only reads.
 type Options struct {
-	// Addr is the address at which this process will serve the data. Other servers that wait for
-	// the lock log it. If Addr is "", Lock does not wait for a holder that is alive.
+	// Addr is the address at which this process will serve the data. Other servers that wait for the
+	// lock log it. If Addr is "", Lock does not wait for a holder that is alive.
 	Addr   string
 	Log    *slog.Logger    // nil: log nothing
 	Status *storage.Status // nil: nobody reads it
@@ -181,7 +177,11 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
-		defer d.awaitAnswer()()
+		defer time.AfterFunc(tellTime, func() {
+			why := cmp.Or(d.client.failure.Load(), &errSilent)
+			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
+			d.opts.Status.Set("etcd does not answer yet")
+		}).Stop()
 		return d.client.call(ctx, at, request, size)
 	}
 
@@ -206,18 +206,6 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 			return answer, err
 		}
 	}
-}
-
-// awaitAnswer lets the log and the status say after tellTime that etcd does not answer yet, unless
-// end, which it returns, is called before.
-func (d *directory) awaitAnswer() (end func() bool) {
-	return time.AfterFunc(tellTime, func() {
-		d.opts.Status.Set("etcd does not answer yet")
-		d.told.Do(func() {
-			why := cmp.Or(d.client.failure.Load(), &errSilent)
-			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
-		})
-	}).Stop
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -298,15 +286,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// stepTime returns when the process that has written the step took the lock; zero: it is not known.
-func stepTime(value []byte) time.Time {
-	text, _, _ := strings.Cut(string(value), " ")
-	took, _ := time.Parse(time.RFC3339Nano, text)
-	return took
-}
-
-// beginSteps starts a new series of steps. The caller has access. The step that is there is
-// compared, so that the request is harmless if the network delivers it a second time, later.
+// beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
+// so that the request is harmless if the network delivers it a second time, later.
 func (d *directory) beginSteps() error {
 	step, revision := d.key("step"), int64(0)
 	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
@@ -317,7 +298,7 @@ func (d *directory) beginSteps() error {
 		revision = kv.Revision
 	}
 
-	d.steps, d.step = d.lock.owner.Since.Format(time.RFC3339Nano)+" "+rand.Text(), 0
+	d.steps, d.step = rand.Text(), 0
 	return d.do(0, []operation{putKey(step, d.stepValue(0))}, isRevision(step, revision))
 }
 
@@ -349,7 +330,7 @@ func (d *directory) change(ids map[string]string) error {
 	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
-			defer f.access.enter()()
+			defer f.access.begin()()
 		}
 	}
 
@@ -361,8 +342,8 @@ func (d *directory) change(ids map[string]string) error {
 		return err
 	}
 
-	// The change is durable in etcd: note it here. A name that has got another file, or was
-	// removed, is no longer lost.
+	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
+	// is no longer lost.
 	d.step++
 	if len(names) == 0 {
 		d.pieces.Store(0)
@@ -411,8 +392,8 @@ func (d *directory) sweep(ids []string) error {
 	return nil
 }
 
-// readAll reads what is in etcd, once the lock is held.
-func (d *directory) readAll() error {
+// begin reads what is in etcd, once the lock is held.
+func (d *directory) begin() error {
 	// A new series of steps makes every change fail that was sent before, and arrives late.
 	if err := d.beginSteps(); err != nil {
 		return err
@@ -478,18 +459,17 @@ func (d *directory) setNames(names map[string]string) {
 
 // check finds out whether etcd has everything that this process has written. If anything is gone,
 // all files count as lost: the store then writes all its data again, so what is left of them is of
-// no use. It returns false if it could not find out: etcd did not answer, a file is being written,
-// a write has arrived late, or the lock has to be taken again.
+// no use. It returns false if it could not find out: etcd did not answer, a file is being written, a
+// write has arrived late, or the lock has to be taken again.
 func (d *directory) check() (isKnown bool) {
-	defer d.access.enter()()
+	defer d.access.begin()()
 
 	// First the lock must be ours again, so that nobody else changes what we compare.
-	if d.lock.isGone() && d.recover() != nil {
+	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
+	if isGone && d.recover() != nil {
 		return false
 	}
 
-	// What is found missing from here on counts again.
-	missed := d.lock.missed.Load()
 	names, more, lock, err := d.takeStock()
 	switch {
 	case err != nil:
@@ -500,9 +480,8 @@ func (d *directory) check() (isKnown bool) {
 		return false
 	}
 
-	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived
-	// late.
-	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known.Load()
+	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived late.
+	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
 	for name, id := range names {
 		f := d.files[id]
 		isLost = isLost || f != nil && f.isDead.Load() && !d.lost[name]
@@ -512,7 +491,7 @@ func (d *directory) check() (isKnown bool) {
 	}
 
 	// What etcd has now is what later checks compare with.
-	d.known.Store(0)
+	d.known = 0
 	d.setNames(names)
 	d.pieces.Add(more)
 	if len(d.lost) == 0 {
@@ -537,16 +516,16 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a
-// moment at which no file is being written. It fails if that moment does not come soon. The caller
-// has access.
+// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a moment
+// at which no file is being written. It fails if that moment does not come soon. The caller has
+// access.
 func (d *directory) takeStock() (names map[string]string, more int64, lock []keyValue, err error) {
 	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
 		case f.access <- struct{}{}:
-			defer f.access.leave()
+			defer f.access.end()
 		case <-late:
 			return nil, 0, nil, errors.New("a file is being written")
 		}
@@ -556,8 +535,8 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 		return d.client.try(d.lock.ctx, at, t)
 	})
 
-	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have
-	// all their bytes then. If that is why the numbers differ, look again later.
+	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have all
+	// their bytes then. If that is why the numbers differ, look again later.
 	counted := d.pieces.Load()
 	for _, f := range d.files {
 		if err == nil && pieces != counted && d.lock.isOursIn(lock) && !f.isDead.Load() {
@@ -577,7 +556,19 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 // recover accepts the cluster as it is now, and takes the lock again, if that is still ours, or
 // nobody's. The caller has access.
 func (d *directory) recover() error {
-	err := d.accept()
+	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
+	// be compared with ours, so any lock there that is not ours is somebody else's.
+	l, was := d.lock, *d.client.id.Load()
+	d.known = max(d.known, d.client.revision.Load())
+	err := d.client.adopt(l.ctx)
+	if err == nil && *d.client.id.Load() != was {
+		d.known = math.MaxInt64
+		l.revision.Store(0)
+	}
+	if err == nil {
+		err = l.retake(l.ctx)
+	}
+
 	// The key step may be an older one too: start a new series.
 	if err == nil {
 		err = d.beginSteps()
@@ -585,44 +576,16 @@ func (d *directory) recover() error {
 	return err
 }
 
-// accept is recover without the step.
-func (d *directory) accept() error {
-	// No other retake may ask etcd while it is not known what revision it had.
-	l := d.lock
-	defer l.retaking.enter()()
-
-	// etcd may have been restored, or be another cluster now. Revisions of another cluster cannot
-	// be compared with ours, so any lock there that is not ours is somebody else's.
-	was := *d.client.id.Load()
-	d.known.Store(max(d.known.Load(), d.client.revision.Load()))
-	err := d.client.adopt(l.ctx)
-	if err == nil && *d.client.id.Load() != was {
-		d.known.Store(math.MaxInt64)
-		l.revision.Store(0)
-	}
-	if err == nil {
-		err = l.retakeNow(l.ctx)
-	}
-
-	// An older state: its revision may grow beyond known before all is compared.
-	if (err == nil || err == errWaits) && d.client.revision.Load() < d.known.Load() {
-		d.known.Store(math.MaxInt64)
-	}
-	return err
-}
-
 // List returns the names of files, and while there is no lock also the quoted names of keys that
 // are not ours.
 func (d *directory) List() (list []string, err error) {
-	defer d.access.enter()()
+	defer d.access.begin()()
 
 	// Without the lock no names are known: ask etcd. Keys that are not ours are listed so that a
 	// start refuses the prefix, and people see why.
 	names := d.names
 	if d.lock == nil {
-		end := d.awaitAnswer()
-		_, err := d.client.agree(d.ctx)
-		if end(); err != nil {
+		if _, err := d.client.agree(d.ctx); err != nil {
 			return nil, err
 		}
 		if names, _, _, err = d.stock(d.call); err != nil {
@@ -732,8 +695,8 @@ func (d *directory) mayBegin(ctx context.Context) error {
 	return nil
 }
 
-// fileID returns the id of a name. The caller has access.
-func (d *directory) fileID(name string) (id string, err error) {
+// find returns the id of a name. The caller has access.
+func (d *directory) find(name string) (id string, err error) {
 	// The holder of the lock knows all names. Any other process asks etcd each time.
 	names := d.names
 	if d.lock == nil {
@@ -748,7 +711,7 @@ func (d *directory) fileID(name string) (id string, err error) {
 
 // Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
-	defer d.access.enter()()
+	defer d.access.begin()()
 
 	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"
@@ -760,8 +723,8 @@ func (d *directory) Create(name string) (storage.File, error) {
 }
 
 func (d *directory) Rename(from, to string) error {
-	defer d.access.enter()()
-	id, err := d.fileID(from)
+	defer d.access.begin()()
+	id, err := d.find(from)
 	if err == nil {
 		err = d.change(map[string]string{to: id, from: ""})
 	}
@@ -769,9 +732,9 @@ func (d *directory) Rename(from, to string) error {
 }
 
 func (d *directory) Remove(name string) error {
-	defer d.access.enter()()
+	defer d.access.begin()()
 
-	if _, err := d.fileID(name); err != nil {
+	if _, err := d.find(name); err != nil {
 		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
@@ -786,9 +749,9 @@ func (d *directory) Extend(name string) (storage.File, error) {
 // Open opens a file. The holder of the lock asks etcd for a file's pieces only once: nobody else
 // writes the file.
 func (d *directory) Open(name string) (storage.File, int64, error) {
-	defer d.access.enter()()
+	defer d.access.begin()()
 
-	id, err := d.fileID(name)
+	id, err := d.find(name)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -806,14 +769,14 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		d.files[id] = f
 	}
 
-	return f, f.length(), nil
+	return f, f.end(), nil
 }
 
 // Sync has nothing to make durable: every change of names is durable when it is made. The first
 // Sync after a start, or after a sweep that failed, removes all pieces of files without a name,
 // such as a crash leaves.
 func (d *directory) Sync() error {
-	defer d.access.enter()()
+	defer d.access.begin()()
 	// Only the holder may remove anything, and once is enough: nobody else writes.
 	if d.isSwept || d.lock == nil {
 		return nil

@@ -53,11 +53,6 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
-	// since when etcd answers from an older state, or another cluster; nil: its last answer was
-	// from ours
-	changed  atomic.Pointer[time.Time]
-	retaking access // guards past; held by accept and retake
-	past     *sight // what retake has seen of an older state; nil: etcd has not gone back
 	// sent to by wake, received by Held: check again. One slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
@@ -91,14 +86,6 @@ func (l *clusterLock) miss(err error) error {
 	return fmt.Errorf("%w: %w", storage.ErrGone, err)
 }
 
-// takenOver ends the lock, because another process has it, or may have had it.
-func (l *clusterLock) takenOver() error {
-	if l.changed.Load() != nil {
-		return l.fail(ErrRestored)
-	}
-	return l.fail(ErrTakenOver)
-}
-
 // wake wakes Held, which then checks again.
 func (l *clusterLock) wake() {
 	select {
@@ -108,11 +95,11 @@ func (l *clusterLock) wake() {
 }
 
 // judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody
-// has taken the lock, or something of ours is gone. It returns an ErrTakenOver, an ErrRestored or a
+// has taken the lock, or something of ours is gone. It returns an ErrTakenOver or a
 // storage.ErrGone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
-		return l.takenOver()
+		return l.fail(ErrTakenOver)
 	}
 	return l.miss(errors.New("it was deleted, or an older state of etcd restored"))
 }
@@ -138,14 +125,11 @@ func (d *directory) readLock(kvs []keyValue) (o holder, revision int64, err erro
 	return o, kvs[0].Revision, nil
 }
 
-// sight is what a process has seen of a lock that is not its own: it waits for that, or had it
-// before etcd went back (past).
+// sight is what a process that waits for the lock has seen of it.
 type sight struct {
 	holder
 	revision int64     // of the last sign of life; 0: there is no lock
 	step     int64     // the revision of the key step; 0: there is no such key
-	stepped  time.Time // when the process that wrote step took the lock; zero: not known
-	at       int64     // etcd's revision
 	isEmpty  bool      // there are no files
 	isNew    bool      // no look has found any key of the store
 	since    time.Time // when lock and step were first seen as they are; zero: not seen yet
@@ -154,8 +138,8 @@ type sight struct {
 	told     string    // the reason for the wait that the log was told last
 }
 
-// look reads the lock. It asks with a put that never happens, because a full etcd refuses that:
-// while etcd is full the lock's holder cannot show a sign of life, so this time must not count.
+// look reads the lock. It asks with a put that never happens, because a full etcd refuses that: while
+// etcd is full the lock's holder cannot show a sign of life, so this time must not count.
 func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
@@ -178,16 +162,14 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	}
 
 	o, revision, err := d.readLock(answer.read(0).KVs)
-	step, stepped, now := int64(0), time.Time{}, time.Now()
+	step, now := int64(0), time.Now()
 	for _, kv := range answer.read(1).KVs {
-		step, stepped = kv.Revision, stepTime(kv.Value)
+		step = kv.Revision
 	}
 
 	// Count from the time at which we first saw this sign of life, so that only our own clock
-	// matters. If there is no lock, a changed step says that somebody has had it since the last
-	// look, and what was seen before etcd went back says nothing.
-	at := answer.Header.Revision
-	if w.since.IsZero() || revision != w.revision || step != w.step || at < w.at {
+	// matters. If there is no lock, a changed step says that somebody has had it since the last look.
+	if w.since.IsZero() || revision != w.revision || step != w.step {
 		w.since = now
 	}
 
@@ -197,8 +179,7 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	if revision == 0 {
 		o.Takeovers = w.Takeovers // somebody has deleted the lock, so the number is as it was
 	}
-	w.holder, w.revision, w.answered = o, revision, now
-	w.step, w.stepped, w.at = step, stepped, at
+	w.holder, w.revision, w.step, w.answered = o, revision, step, now
 	return err
 }
 
@@ -228,11 +209,9 @@ func (w *sight) isFree(token string) bool {
 // up once it has seen a sign of life.
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
-	end := d.awaitAnswer() // of the first look; after that standBy says that etcd does not answer
 	for {
 		before, isTaken := w.revision, false
 		err := w.look(ctx, d)
-		end()
 		if err == nil && w.isFree(l.owner.Token) {
 			isTaken, err = l.take(ctx, &w)
 		}
@@ -246,7 +225,6 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 		}
 
 		if err := d.standBy(&w, before, err); err != nil {
-			d.giveWay(ctx, &w, err)
 			return nil, err
 		}
 		wait(ctx, pollTime)
@@ -257,8 +235,8 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 // gives up. err is the result of the last look, and before the lock's revision at the look before.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
-	isImpatient, soFar := d.opts.Addr == "", time.Since(w.began)
-	silence := min(soFar, time.Since(w.answered))
+	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
+	silence := min(waited, time.Since(w.answered))
 	stage := "the data is in use " + w.holder.String()
 
 	switch {
@@ -267,7 +245,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	case isFull:
 		stage = errFull.Error()
 
-	case isSilent && isImpatient && soFar >= patienceTime, err != nil && !isSilent:
+	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
 		// To wait does not help if all members refuse, or if the lock is not kvserver's.
 		return err
 	case isSilent && silence < tellTime: // for example, too few members answer for a new store
@@ -299,19 +277,6 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	return nil
 }
 
-// giveWay waits, if err says that etcd has changed while a server stood by, before that ends: a
-// server that is started again might take the lock. The holder has all that was answered, and
-// perhaps not the lock any more, so it comes first.
-func (d *directory) giveWay(ctx context.Context, w *sight, err error) {
-	if d.opts.Addr == "" || w.answered.IsZero() || !errors.Is(err, ErrOther) {
-		return
-	}
-	d.opts.Status.Set("standby: " + err.Error())
-	d.client.log.Warn("ending soon: the server that has the data may take its lock again before",
-		"error", err, "for", 2*lockTime)
-	wait(ctx, 2*lockTime)
-}
-
 // hold makes l, which was taken, the directory's lock, and starts its goroutines.
 func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.lock = l
@@ -321,7 +286,7 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()
 	d.client.findQuota(l.ctx)
-	if err := d.readAll(); err != nil {
+	if err := d.begin(); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -336,7 +301,7 @@ func (d *directory) newLock() *clusterLock {
 	owner := holder{Addr: d.opts.Addr, Process: fmt.Sprintf("%d on %s", os.Getpid(), host),
 		Token: rand.Text()}
 	return &clusterLock{d: d, owner: owner, beaten: make(chan struct{}, 1),
-		retaking: make(access, 1), ended: make(chan struct{})}
+		ended: make(chan struct{})}
 }
 
 // take takes the lock, unless it has changed since w saw it. After an error the next look finds out
@@ -378,46 +343,16 @@ func (l *clusterLock) take(ctx context.Context, w *sight) (taken bool, err error
 // deleted it, or restored an older state of etcd. While that sign is fresh nobody else can have had
 // the lock.
 func (l *clusterLock) retake(ctx context.Context) error {
-	defer l.retaking.enter()()
-	return l.retakeNow(ctx)
-}
-
-// judgeAndRetake is judge, and then retake, unless the lock was taken again since the sign of life
-// last: then the answer is older than that.
-func (l *clusterLock) judgeAndRetake(lock []keyValue, last *time.Time) error {
-	defer l.retaking.enter()()
-	if l.confirmed.Load() != last {
-		return nil
-	}
-	l.judge(lock)
-	return l.retakeNow(l.beating)
-}
-
-// retakeNow is retake for a caller that has access.
-func (l *clusterLock) retakeNow(ctx context.Context) error {
-	// What was seen is over once the lock was ours again, or etcd is another cluster.
-	ours, known := l.revision.Load(), l.d.known.Load()
-	if l.changed.Load() == nil || ours == 0 {
-		l.past = nil
-	}
-	w := cmp.Or(l.past, &sight{answered: time.Now()})
-	was := *w
-
+	w := sight{answered: time.Now()}
 	// The lock may still be ours, for example if only the answer to a retake was lost.
 	if err := w.look(ctx, l.d); err != nil || w.Token == l.owner.Token {
 		return err
 	}
 
 	// A later revision is somebody else's lock. And if our sign of life is old, another server may
-	// have had the lock in between. Only if etcd has gone back that says nothing: then its revision
-	// is older than ours, or the lock's is, even if others have written much there since.
-	isOlder := w.at < max(ours, known) || w.revision > 0 && w.revision <= ours
-	if l.past != nil || ours > 0 && isOlder {
-		if err := l.waitOut(&was, w); err != nil {
-			return err
-		}
-	} else if w.revision > ours || l.age() >= freshTime {
-		return l.takenOver()
+	// have had the lock in between.
+	if w.revision > l.revision.Load() || l.age() >= freshTime {
+		return l.fail(ErrTakenOver)
 	}
 
 	// If another server was faster, it keeps the lock.
@@ -428,48 +363,10 @@ func (l *clusterLock) retakeNow(ctx context.Context) error {
 	return err
 }
 
-// errWaits is returned by retake while the process that has the lock in an older state may still
-// run.
-var errWaits = fmt.Errorf("%w, and may live", ErrRestored)
-
-// waitOut returns nil once l may take the lock in an older state of etcd. w is what there is, and
-// was what there was at the last look. Who has that lock is most likely long gone, because we had
-// it afterwards, and only we have all that was answered. But another server may have taken it in
-// the older state. So we wait for lockTime, as a standby does, and end if anybody shows life, or if
-// somebody has had the lock after us and is gone. While our last sign of life is fresh, nobody can
-// have had a lock that is missing.
-func (l *clusterLock) waitOut(was, w *sight) error {
-	if l.past == nil {
-		now, lock := time.Now(), "none"
-		l.changed.CompareAndSwap(nil, &now)
-		if w.revision > 0 {
-			lock = w.String()
-		}
-		l.d.client.log.Error("etcd has gone back to an older state: nothing is answered until it is "+
-			"known that nobody else has the lock there", "lock", lock)
-	}
-	l.past = w
-
-	// The clocks of two machines may differ, but they decide only about somebody who is gone.
-	took := l.owner.Since
-	isLater := w.Since.After(took) || w.stepped.After(took)
-	isAlive := was.at > 0 && w.at >= was.at && (w.revision > was.revision || w.step > was.step)
-	if isLater || isAlive {
-		return l.takenOver()
-	}
-
-	isFree := w.revision == 0 && l.age() < freshTime || time.Since(w.since) >= lockTime
-	if !isFree {
-		return errWaits
-	}
-	return nil
-}
-
 // confirm notes that a sign of life that was sent at sent has arrived.
 func (l *clusterLock) confirm(sent time.Time, answer response) {
 	l.revision.Store(answer.Header.Revision)
 	l.confirmed.Store(&sent)
-	l.changed.Store(nil)
 	l.d.opts.Status.Confirm(sent)
 	l.wake()
 }
@@ -484,9 +381,8 @@ func (l *clusterLock) age() time.Duration {
 // Lost is closed when the lock is lost or given back.
 func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 
-// Held returns nil if nobody else can have had the lock up to now, unless etcd went back to a state
-// in which it was free, since the last sign of life. If that sign is too old, it waits for the next
-// one: if that arrives, nobody has had the lock.
+// Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
+// old, it waits for the next one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
 	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
 		select {
@@ -529,7 +425,6 @@ func (l *clusterLock) show(sent time.Time) bool {
 		Failure: []operation{readKey(l.d.key("lock"))},
 	}
 
-	last := l.confirmed.Load()
 	answer, err := l.d.client.try(l.beating, "kv/txn", t)
 	isFull := errors.Is(err, syscall.ENOSPC)
 	if isFull {
@@ -538,20 +433,9 @@ func (l *clusterLock) show(sent time.Time) bool {
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// An answer from an older state is no silence: retake has patienceTime from here on.
-	latest := last
-	isOther := errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable)
-	if isOther {
-		l.changed.CompareAndSwap(nil, &sent)
-	}
-	if changed := l.changed.Load(); changed != nil {
-		latest = changed
-	}
-
-	// Silence ends the lock only if this sign was sent patienceTime or more after the last
-	// confirmed one, by the monotonic clock. Another holder, or a refusal by all members, ends it
-	// at once.
-	switch isLate := sent.Sub(*latest) >= patienceTime; {
+	// Silence ends the lock only if this sign was sent patienceTime or more after the last confirmed one,
+	// by the monotonic clock. Another holder, or a refusal by all members, ends it at once.
+	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
 	case l.beating.Err() != nil: // the lock was given back or lost
 	case err == nil && answer.Succeeded:
 		l.d.client.noteFull(isFull)
@@ -561,7 +445,8 @@ func (l *clusterLock) show(sent time.Time) bool {
 
 	// The lock is another one, or missing: judge ends ours, or retake takes it again.
 	case err == nil:
-		if err := l.judgeAndRetake(answer.read(0).KVs, last); err != nil && isLate {
+		l.judge(answer.read(0).KVs)
+		if err := l.retake(l.beating); err != nil && isLate {
 			l.fail(err) // before that the next sign of life tries again
 		}
 
@@ -573,7 +458,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 			l.silent = true
 			l.d.client.log.Warn("etcd does not answer, trying again", "error", err, "until", patienceTime)
 		}
-	case isOther:
+	case errors.Is(err, ErrOther):
 		l.miss(err)
 	default:
 		l.fail(err)

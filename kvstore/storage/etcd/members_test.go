@@ -313,49 +313,6 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 	})
 }
 
-// words is a log that notes when it is told that etcd does not answer yet.
-type words chan time.Time
-
-func (w words) Write(line []byte) (int, error) {
-	if bytes.Contains(line, []byte("etcd does not answer yet")) {
-		w <- time.Now()
-	}
-	return len(line), nil
-}
-
-// Ensure that a start, a check, a backup and a repair say after a second that etcd does not answer
-// yet, whether it accepts connections or not.
-func TestEtcdSilenceIsSaidSoon(t *testing.T) {
-	for what, do := range map[string]func(dir *smallDir){
-		"a start":  func(dir *smallDir) { durable.Open(dir.ctx, dir, durable.Options{}) },
-		"a lock":   func(dir *smallDir) { dir.Lock(dir.ctx) },
-		"a check":  func(dir *smallDir) { durable.Check(dir) },
-		"a backup": func(dir *smallDir) { durable.Backup(dir, storetest.New()) },
-		"a repair": func(dir *smallDir) { durable.Repair(dir, storetest.New()) },
-	} {
-		for _, down := range []string{"", "*"} {
-			synctest.Test(t, func(t *testing.T) {
-				e := newFakeEtcd()
-				dir, w := e.dir(t, t.Context(), "")
-				w.setCut(down == "")
-				e.setDown(down)
-				said := make(words, 10)
-				dir.client.log = slog.New(slog.NewTextHandler(said, nil))
-
-				began := time.Now()
-				go do(dir)
-				<-time.After(time.Minute)
-				if n := len(said); n != 1 {
-					t.Fatalf("%s where members are silent, down %q, says so %d times", what, down, n)
-				}
-				if took := (<-said).Sub(began); took > tellTime+tellTime/10 {
-					t.Errorf("%s where members are silent, down %q, says so after %v", what, down, took)
-				}
-			})
-		}
-	}
-}
-
 // Ensure that nobody notices that a member is down.
 func TestEtcdMemberDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -496,25 +453,6 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 	})
 }
 
-// Ensure that a cluster of which no member answers does not count as another one, as may happen
-// when something is gone.
-func TestEtcdOtherWhileSilent(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newFakeEtcd()
-		dir, _, lock := e.locked(t)
-		e.setDown("*")
-		if err := dir.client.adopt(t.Context()); err == nil || *dir.client.id.Load() != e.id {
-			t.Errorf("silent members are accepted as cluster %q: %v", *dir.client.id.Load(), err)
-		}
-
-		e.setDown("")
-		if err := dir.client.adopt(t.Context()); err != nil {
-			t.Errorf("the cluster, once it answers: %v", err)
-		}
-		lock.Close()
-	})
-}
-
 // Ensure that a request fails only once all members have refused it, not if one of them has refused
 // it twice, as when another goroutine's failure has changed which member is asked.
 func TestEtcdRefusedByOne(t *testing.T) {
@@ -628,31 +566,6 @@ func TestEtcdSlower(t *testing.T) {
 			t.Errorf("the Commit takes %v", took)
 		}
 		d.Close()
-	})
-}
-
-// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and
-// that large ones do.
-func TestEtcdSmallPiecesProveNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, _, lock := newFakeEtcd().locked(t)
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
-
-		at := int64(0)
-		for range 20 {
-			write(t, f, &at, []byte("small"))
-		}
-		if most := dir.client.piece.Load(); most != pieceFirst {
-			t.Errorf("after small pieces the next one may have %d bytes, want %d", most, pieceFirst)
-		}
-		write(t, f, &at, []byte(randomText(pieceFirst)))
-		if most := dir.client.piece.Load(); most != 2*pieceFirst {
-			t.Errorf("after a large one the next one may have %d bytes, want %d", most, 2*pieceFirst)
-		}
-		lock.Close()
 	})
 }
 
