@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -44,6 +45,7 @@ type directory struct {
 	opts   Options
 
 	ctx  context.Context // for requests while there is no lock
+	told sync.Once       // the log, that etcd does not answer yet
 	lock *clusterLock    // set by Lock; nil before
 
 	access  access                // guards what is below
@@ -177,11 +179,7 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 	if d.lock == nil {
 		ctx, cancel := context.WithTimeoutCause(d.ctx, patienceTime, ErrUnreachable)
 		defer cancel()
-		defer time.AfterFunc(tellTime, func() {
-			why := cmp.Or(d.client.failure.Load(), &errSilent)
-			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
-			d.opts.Status.Set("etcd does not answer yet")
-		}).Stop()
+		defer d.awaitAnswer()()
 		return d.client.call(ctx, at, request, size)
 	}
 
@@ -206,6 +204,18 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 			return answer, err
 		}
 	}
+}
+
+// awaitAnswer lets the log and the status say after tellTime that etcd does not answer yet, unless
+// end, which it returns, is called before.
+func (d *directory) awaitAnswer() (end func() bool) {
+	return time.AfterFunc(tellTime, func() {
+		d.opts.Status.Set("etcd does not answer yet")
+		d.told.Do(func() {
+			why := cmp.Or(d.client.failure.Load(), &errSilent)
+			d.client.log.Warn("etcd does not answer yet, trying on", "error", *why)
+		})
+	}).Stop
 }
 
 // get returns the keys of a range. size is as for cluster.post.
@@ -585,7 +595,9 @@ func (d *directory) List() (list []string, err error) {
 	// start refuses the prefix, and people see why.
 	names := d.names
 	if d.lock == nil {
-		if _, err := d.client.agree(d.ctx); err != nil {
+		end := d.awaitAnswer()
+		_, err := d.client.agree(d.ctx)
+		if end(); err != nil {
 			return nil, err
 		}
 		if names, _, _, err = d.stock(d.call); err != nil {

@@ -244,6 +244,14 @@ func TestEtcdCheckRepairBackup(t *testing.T) {
 		d.Close()
 		other := newFakeEtcd()
 		back, _ := other.dir(t, t.Context(), "")
+		_, err = durable.Backup(back, storetest.New())
+		_, repairErr := durable.Repair(back, storetest.New())
+		for _, err := range []error{err, repairErr} {
+			if err == nil || !strings.Contains(err.Error(), "no store at etcd://a:1,b:1/kv") {
+				t.Errorf("a copy of an empty prefix: %v", err)
+			}
+		}
+
 		if _, err := durable.Backup(local, back); err != nil {
 			t.Errorf("backup to etcd: %v", err)
 		}

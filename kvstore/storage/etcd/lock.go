@@ -210,8 +210,14 @@ func (w *sight) isFree(token string) bool {
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
 	for {
-		before, isTaken := w.revision, false
+		// Once etcd has answered, standBy says that it does not any more.
+		before, isTaken, end := w.revision, false, func() bool { return true }
+		if w.answered.IsZero() {
+			end = d.awaitAnswer()
+		}
 		err := w.look(ctx, d)
+		end()
+
 		if err == nil && w.isFree(l.owner.Token) {
 			isTaken, err = l.take(ctx, &w)
 		}

@@ -313,6 +313,37 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 	})
 }
 
+// Ensure that a start, a check, a backup and a repair say after a second that etcd does not answer
+// yet, whether it accepts connections or not.
+func TestEtcdSilenceIsSaidSoon(t *testing.T) {
+	for what, do := range map[string]func(dir *smallDir){
+		"a start":  func(dir *smallDir) { durable.Open(dir.ctx, dir, durable.Options{}) },
+		"a lock":   func(dir *smallDir) { dir.Lock(dir.ctx) },
+		"a check":  func(dir *smallDir) { durable.Check(dir) },
+		"a backup": func(dir *smallDir) { durable.Backup(dir, storetest.New()) },
+		"a repair": func(dir *smallDir) { durable.Repair(dir, storetest.New()) },
+	} {
+		for _, down := range []string{"", "*"} {
+			synctest.Test(t, func(t *testing.T) {
+				e := newFakeEtcd()
+				dir, w := e.dir(t, t.Context(), "")
+				w.setCut(down == "")
+				e.setDown(down)
+				var log bytes.Buffer
+				dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
+
+				go do(dir)
+				<-time.After(tellTime + tellTime/10)
+				synctest.Wait()
+				if n := strings.Count(log.String(), "etcd does not answer yet"); n != 1 {
+					t.Errorf("%s of silent members, down %q, says so %d times:\n%s", what, down, n, &log)
+				}
+				<-time.After(time.Minute)
+			})
+		}
+	}
+}
+
 // Ensure that nobody notices that a member is down.
 func TestEtcdMemberDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
