@@ -484,6 +484,25 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 	})
 }
 
+// Ensure that a cluster of which no member answers does not count as another one, as may happen when
+// something is gone.
+func TestEtcdOtherWhileSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		e.setDown("*")
+		if err := dir.client.adopt(t.Context()); err == nil || *dir.client.id.Load() != e.id {
+			t.Errorf("silent members are accepted as cluster %q: %v", *dir.client.id.Load(), err)
+		}
+
+		e.setDown("")
+		if err := dir.client.adopt(t.Context()); err != nil {
+			t.Errorf("the cluster, once it answers: %v", err)
+		}
+		lock.Close()
+	})
+}
+
 // Ensure that a request fails only once all members have refused it, not if one of them has refused
 // it twice, as when another goroutine's failure has changed which member is asked.
 func TestEtcdRefusedByOne(t *testing.T) {
@@ -597,6 +616,31 @@ func TestEtcdSlower(t *testing.T) {
 			t.Errorf("the Commit takes %v", took)
 		}
 		d.Close()
+	})
+}
+
+// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and that
+// large ones do.
+func TestEtcdSmallPiecesProveNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, _, lock := newFakeEtcd().locked(t)
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		at := int64(0)
+		for range 20 {
+			write(t, f, &at, []byte("small"))
+		}
+		if most := dir.client.piece.Load(); most != pieceFirst {
+			t.Errorf("after small pieces the next one may have %d bytes, want %d", most, pieceFirst)
+		}
+		write(t, f, &at, []byte(randomText(pieceFirst)))
+		if most := dir.client.piece.Load(); most != 2*pieceFirst {
+			t.Errorf("after a large one the next one may have %d bytes, want %d", most, 2*pieceFirst)
+		}
+		lock.Close()
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"net/http"
 	"slices"
 	"strings"
 	"syscall"
@@ -86,10 +87,10 @@ func TestEtcdFull(t *testing.T) {
 			}
 
 			if stage := dir.opts.Status.Stage(); !strings.Contains(stage, "etcd is full") {
-				t.Errorf("who stands by says %q", stage)
+				t.Errorf("the standby says %q", stage)
 			}
 
-			time.AfterFunc(time.Until(time.Now().Add(cut-20*time.Second)), func() { w.setCut(true) })
+			time.AfterFunc(cut-20*time.Second, func() { w.setCut(true) })
 			<-time.After(time.Second)
 			e.setFull(false)
 
@@ -186,6 +187,37 @@ func TestEtcdQuota(t *testing.T) {
 			t.Error("etcd keeps what was deleted")
 		}
 		d.Close()
+	})
+}
+
+// roundTrip is an http.RoundTripper.
+type roundTrip func(r *http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// Ensure that what is written while the members are asked for their sizes counts: it may not be in
+// these.
+func TestEtcdQuotaCountsWritesBesideASurvey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "")
+		e.put("kv/n/file", "id")
+		c := dir.client
+		c.quota.Store(64 << 20)
+
+		c.survey(t.Context())
+		room := c.limit.Load() - c.spent.Load()
+		const written = 3 << 20
+		c.http.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+			answer, err := w.RoundTrip(r)
+			c.spent.Add(written)
+			return answer, err
+		})
+
+		c.survey(t.Context())
+		if left := c.limit.Load() - c.spent.Load(); left != room-int64(len(c.members))*written {
+			t.Errorf("%d bytes are left of %d after %d writes of %d", left, room, len(c.members), written)
+		}
 	})
 }
 
