@@ -43,10 +43,14 @@ func TestEtcdFile(t *testing.T) {
 
 				switch size := random.IntN(1 << random.IntN(18)); random.IntN(8) {
 				case 0:
-					f.Truncate(int64(at))
+					if err := f.Truncate(int64(at)); err != nil {
+						t.Fatal(err)
+					}
 					want = want[:at]
 				case 1:
-					f.Sync()
+					if err := f.Sync(); err != nil {
+						t.Fatal(err)
+					}
 				case 2:
 					got := make([]byte, size)
 					n, err := f.ReadAt(got, int64(at))
@@ -68,9 +72,9 @@ func TestEtcdFile(t *testing.T) {
 				}
 			}
 
-			f.Sync()
+			syncErr := f.Sync()
 			again, size, err := dir.Open("file")
-			if err != nil {
+			if err := errors.Join(syncErr, err); err != nil {
 				t.Fatal(err)
 			}
 			got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
@@ -139,8 +143,10 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 // was written, and nothing counts as gone.
 func TestEtcdLateAnswers(t *testing.T) {
 	t.Parallel()
-	for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
-		reached = writesBeside(t, tooLate, n, 0)
+	for _, data := range []string{randomText(300 << 10), shrinking(160<<10, 16)} {
+		for n, reached := 1, true; reached; n = storetest.Next(n, 5) {
+			reached = writesBeside(t, data, tooLate, n, 0)
+		}
 	}
 }
 
@@ -148,19 +154,18 @@ func TestEtcdLateAnswers(t *testing.T) {
 // that was sent in its place, the file has all that was written, and nothing counts as gone.
 func TestEtcdLateRequests(t *testing.T) {
 	t.Parallel()
+	data := randomText(300 << 10)
 	for n, reached := 1, true; reached; n = storetest.Next(n, 4) {
 		for by := 4; by < 6; by++ {
-			reached = writesBeside(t, delayed, n, by)
+			reached = writesBeside(t, data, delayed, n, by)
 		}
 	}
 }
 
-// writesBeside writes a file in small pieces, while the n-th request suffers the fault, with a lateBy of
-// by. It fails the test if a reader does not get all that was written, or if something counts as gone.
+// writesBeside writes data to a file in small pieces, while the n-th request suffers the fault, with a
+// lateBy of by. It fails the test if a reader does not get all that was written, or if something counts as gone.
 // reached says whether there were n requests.
-func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
-	random := make([]byte, 300<<10)
-	rand.NewChaCha8([32]byte{2}).Read(random)
+func writesBeside(t *testing.T, data string, fault etcdFault, n, by int) (reached bool) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w := e.dir(t, t.Context(), "")
@@ -175,9 +180,9 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i, at := 0, int64(0); at < int64(len(random)); i++ {
+		for i, at := 0, int64(0); at < int64(len(data)); i++ {
 			size := int64(smallSize(i))
-			write(t, f, &at, random[at:min(at+size, int64(len(random)))])
+			write(t, f, &at, []byte(data[at:min(at+size, int64(len(data)))]))
 			if fault == delayed {
 				<-time.After(surveyTime / 9) // so that a check may find what is late
 			}
@@ -203,7 +208,7 @@ func writesBeside(t *testing.T, fault etcdFault, n, by int) (reached bool) {
 			t.Fatal(err)
 		}
 		got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
-		if !bytes.Equal(got, random) || err != nil {
+		if string(got) != data || err != nil {
 			t.Errorf("request %d, late by %d: other %d bytes are read: %v", n, by, len(got), err)
 		}
 	})
@@ -217,7 +222,10 @@ func TestEtcdLateThenJoined(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
-		f, _ := dir.Create("file")
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
 
 		random := make([]byte, 300<<10)
 		rand.NewChaCha8([32]byte{2}).Read(random)
@@ -259,7 +267,10 @@ func TestEtcdLateBesideALook(t *testing.T) {
 			e := newFakeEtcd()
 			dir, w, lock := e.locked(t)
 			defer lock.Close()
-			f, _ := dir.Create("file")
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
 
 			offset, sent := int64(0), [2]transaction{}
 			for i := range joinMost + 2 {
@@ -317,7 +328,10 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 			dir, _, lock := e.locked(t)
 			defer lock.Close()
 
-			f, _ := dir.Create("file")
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
 			at := int64(0)
 			for range 6 * (len(deleted) - 1) {
 				write(t, f, &at, []byte("hello"))
@@ -330,8 +344,8 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 				e.delete(strings.Replace(key, "%s", id, 1))
 			}
 
-			f.WriteAt([]byte("more"), at)
-			if err := f.Sync(); err != nil {
+			_, err = f.WriteAt([]byte("more"), at)
+			if err := errors.Join(err, f.Sync()); err != nil {
 				t.Errorf("%s is deleted: %v", deleted, err)
 			}
 			<-time.After(5 * surveyTime)

@@ -147,7 +147,7 @@ func TestEtcdStandby(t *testing.T) {
 					<-time.After(time.Second)
 					if stage := status.Stage(); stage != "" &&
 						!strings.Contains(stage, "standby: the data is in use by process ") {
-						t.Errorf("who waits says %q", stage)
+						t.Errorf("a standby says %q", stage)
 					}
 				}()
 
@@ -157,7 +157,7 @@ func TestEtcdStandby(t *testing.T) {
 				}
 
 				if status.Stage() != "" || time.Since(status.Confirmed()) > 2*time.Second {
-					t.Errorf("who serves says %q, and was confirmed %v ago", status.Stage(),
+					t.Errorf("the server says %q, and was confirmed %v ago", status.Stage(),
 						time.Since(status.Confirmed()))
 				}
 				serving <- d
