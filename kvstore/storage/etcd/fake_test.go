@@ -46,7 +46,7 @@ type fakeEtcd struct {
 	past     int64                // bytes of what was replaced or removed since the last compaction
 	size     int64                // bytes of the database's file, which never shrinks
 	forgot   int64                // the revision of the last compaction
-	down     string               // the member that does not answer; "": all do
+	down     string               // the member that refuses connections; "*": all do; "": none does
 	stranger bool                 // some other server answers in its place
 	other    map[string]*fakeEtcd // members that belong to another cluster
 	token    string               // that requests must have; "": none
@@ -59,8 +59,9 @@ type etcdWire struct {
 	*fakeEtcd
 	dir      *smallDir // of the process
 	requests int
+	waiting  int              // requests that wait in vain for an answer
 	sent     []transaction    // those that have arrived
-	before   func(n int)      // is called before each request; nil: nothing
+	before   func(n int)      // is called before each request while the process lives; nil: nothing
 	at       int              // the number of the request that fault happens to; 0: none
 	fault    etcdFault        // what happens to it
 	lateBy   int              // requests behind at, with which a late one arrives; 0: with every third
@@ -133,14 +134,14 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.fakeEtcd.token = fmt.Sprint("token ", w.requests)
 	}
 
-	// before may call methods that lock mu.
-	if number := w.requests; w.before != nil {
+	// before may call methods that lock mu. A request of a killed process arrives nowhere.
+	if number := w.requests; w.before != nil && !w.dead {
 		w.mu.Unlock()
 		w.before(number)
 		w.mu.Lock()
 	}
 
-	if w.down == r.URL.Host {
+	if w.isDown(r.URL.Host) {
 		defer w.mu.Unlock()
 		if w.stranger {
 			return &http.Response{Status: "404 Not Found", StatusCode: 404, Body: http.NoBody}, nil
@@ -155,8 +156,12 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.late = append(w.late, t)
 	}
 	if w.dead || w.cut || fault == lostRequest || fault == delayed {
+		w.waiting++
 		w.mu.Unlock()
 		<-r.Context().Done()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.waiting--
 		return nil, r.Context().Err()
 	}
 
@@ -244,7 +249,7 @@ func (w *etcdWire) carry(r *http.Request, size int) error {
 // ask answers a request for a member's status or metrics.
 func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	w.mu.Lock()
-	isGone, isDown, e := w.dead || w.cut, w.down == r.URL.Host, w.fakeEtcd
+	isGone, isDown, e := w.dead || w.cut, w.isDown(r.URL.Host), w.fakeEtcd
 	if other := w.other[r.URL.Host]; other != nil {
 		e = other
 	}
@@ -362,6 +367,13 @@ func (e *fakeEtcd) put(key, value string) {
 	e.set(key, []byte(value))
 }
 
+// write makes n revisions, as others do that use the cluster.
+func (e *fakeEtcd) write(n int) {
+	for range n {
+		e.put("other", "")
+	}
+}
+
 // remove removes the keys of a range, and reports whether there were any. The caller has mu.
 func (e *fakeEtcd) remove(q keyRange) bool {
 	kvs := e.find(q).KVs
@@ -460,6 +472,16 @@ func (e *fakeEtcd) txn(t transaction) (a response, err error) {
 	return a, nil
 }
 
+// isDown reports whether a member refuses connections. The caller has mu.
+func (e *fakeEtcd) isDown(member string) bool { return e.down == member || e.down == "*" }
+
+// setDown sets which member refuses connections.
+func (e *fakeEtcd) setDown(member string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.down = member
+}
+
 // setFull sets whether the cluster refuses every put.
 func (e *fakeEtcd) setFull(isFull bool) {
 	e.mu.Lock()
@@ -478,7 +500,8 @@ func (e *fakeEtcd) copy() *fakeEtcd {
 func (e *fakeEtcd) restore(snapshot *fakeEtcd, id string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.kvs, e.keys, e.revision, e.id = snapshot.kvs, snapshot.keys, snapshot.revision, id
+	e.kvs, e.keys = maps.Clone(snapshot.kvs), slices.Clone(snapshot.keys)
+	e.revision, e.id = snapshot.revision, id
 }
 
 // dir opens the directory as a new process does. A process with an addr waits for the lock.
@@ -538,6 +561,13 @@ func (w *etcdWire) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.requests
+}
+
+// isWaiting reports whether a request waits in vain for an answer.
+func (w *etcdWire) isWaiting() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.waiting > 0
 }
 
 // setCut sets whether the process is cut off.
