@@ -313,6 +313,16 @@ func TestEtcdSilenceIsSaid(t *testing.T) {
 	})
 }
 
+// words is a log that notes when it is told that etcd does not answer yet.
+type words chan time.Time
+
+func (w words) Write(line []byte) (int, error) {
+	if bytes.Contains(line, []byte("etcd does not answer yet")) {
+		w <- time.Now()
+	}
+	return len(line), nil
+}
+
 // Ensure that a start, a check, a backup and a repair say after a second that etcd does not answer
 // yet, whether it accepts connections or not.
 func TestEtcdSilenceIsSaidSoon(t *testing.T) {
@@ -329,16 +339,18 @@ func TestEtcdSilenceIsSaidSoon(t *testing.T) {
 				dir, w := e.dir(t, t.Context(), "")
 				w.setCut(down == "")
 				e.setDown(down)
-				var log bytes.Buffer
-				dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
+				said := make(words, 10)
+				dir.client.log = slog.New(slog.NewTextHandler(said, nil))
 
+				began := time.Now()
 				go do(dir)
-				<-time.After(tellTime + tellTime/10)
-				synctest.Wait()
-				if n := strings.Count(log.String(), "etcd does not answer yet"); n != 1 {
-					t.Errorf("%s of silent members, down %q, says so %d times:\n%s", what, down, n, &log)
-				}
 				<-time.After(time.Minute)
+				if n := len(said); n != 1 {
+					t.Fatalf("%s of silent members, down %q, says so %d times", what, down, n)
+				}
+				if took := (<-said).Sub(began); took > tellTime+tellTime/10 {
+					t.Errorf("%s of silent members, down %q, says so after %v", what, down, took)
+				}
 			})
 		}
 	}
