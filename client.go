@@ -599,8 +599,8 @@ func (c *Client) stopWaiting(how queryType) {
 
 // setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
 // within quietAfter, so that tick can give memory back and count the line's time. (While a Take may
-// wait, Read ends when its time does, if not before.) One deadline
-// serves many Reads, because setting one for each would slow down every burst.
+// wait, Read ends when its time does, if not before.) One deadline serves many Reads, because
+// setting one for each would slow down every burst.
 func (c *Client) setTick() {
 	in := &c.in
 

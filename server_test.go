@@ -55,7 +55,7 @@
 //	A steady reader loses nothing; after Ack no reply is dropped
 //		TestSteadyReaderOnRealSocket, TestSteadyReaderOfAPausedServer,
 //		TestSlowReaderWithAck
-//	No client waits more than some milliseconds for others, however much they have sent; only a Keys or Dump may
+//	No client waits more than some milliseconds for others, whatever they send; only a Keys or Dump may
 //		TestTurnsOfLightClients, TestDumpSortTakesTurns, TestHintsAreCheap,
 //		TestOutboxMeasuresNoLongReply
 //	Log output can neither stop nor end a server
@@ -359,7 +359,8 @@ func TestManual(t *testing.T) {
 	if err := printManual(&all, nil); err != nil || strings.Contains(all.String(), "#") {
 		t.Errorf("without a word: %v, %s", err, &all)
 	}
-	for words, want := range map[string]string{"take": "Take:key, Take:key:seconds\n", "-FSYNC": "-fsync WHEN\n"} {
+	for words, want := range map[string]string{"-FSYNC": "-fsync WHEN\n",
+		"take": "Take:key, Take:key:seconds\n"} {
 		part.Reset()
 		if err := printManual(&part, []string{words}); err != nil || !strings.HasPrefix(part.String(), want) {
 			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)

@@ -96,8 +96,8 @@ func (c *copier) copyAll(dir storage.Directory) (err error) {
 		return cmp.Or(checkNames(dir), fmt.Errorf("%w at %s", ErrNoStore, dir.Path("")))
 	}
 
-	// STORE comes last. A start refuses a copy without it, or makes a new store if
-	// nothing has been copied yet.
+	// STORE comes last. A start refuses a copy without it, or makes a new store if nothing has been
+	// copied yet.
 	defer closeLogs(c.logs)
 	for !c.done {
 		_, err = createLog(c.out, c.logs[c.at].header, c.copyFile)

@@ -321,12 +321,11 @@ func TestCloseHealsTheMiddle(t *testing.T) {
 	}
 }
 
-// closeHealsTheMiddle is TestCloseHealsTheMiddle for a change of one frame.
-func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), fsync time.Duration,
-	at int) {
-	log := &strings.Builder{}
-	dir, d := newSmall(t, Options{Fsync: fsync, Log: slog.New(slog.NewTextHandler(log, nil))})
-	starts := []int64{headerSize}
+// sixFrames opens a store in a new directory and makes six Commits. It returns where each one's
+// frame starts, and where the last one ends.
+func sixFrames(t *testing.T, opts Options) (dir *storetest.Dir, d *Store, starts []int64) {
+	dir, d = newSmall(t, opts)
+	starts = []int64{headerSize}
 	for range 6 {
 		d.Put("key", strings.Repeat("v", 100))
 		if err := d.Commit(); err != nil {
@@ -334,6 +333,14 @@ func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), f
 		}
 		starts = append(starts, d.size)
 	}
+	return dir, d, starts
+}
+
+// closeHealsTheMiddle is TestCloseHealsTheMiddle for a change of one frame.
+func closeHealsTheMiddle(t *testing.T, where string, overwrite func(b []byte), fsync time.Duration,
+	at int) {
+	log := &strings.Builder{}
+	dir, d, starts := sixFrames(t, Options{Fsync: fsync, Log: slog.New(slog.NewTextHandler(log, nil))})
 	<-time.After(3 * lookTime) // the last frame is vouched for
 	synctest.Wait()            // for the timer, which writes to the file
 
@@ -470,15 +477,7 @@ func TestCloseCannotHealTheMiddle(t *testing.T) {
 	for _, fsync := range []time.Duration{FsyncAlways, FsyncNever, time.Second} {
 		for _, at := range []int{0, 5} {
 			synctest.Test(t, func(t *testing.T) {
-				dir, d := newSmall(t, Options{Fsync: fsync})
-				starts := []int64{headerSize}
-				for range 6 {
-					d.Put("key", strings.Repeat("v", 100))
-					if err := d.Commit(); err != nil {
-						t.Fatal(err)
-					}
-					starts = append(starts, d.size)
-				}
+				dir, d, starts := sixFrames(t, Options{Fsync: fsync})
 				dir.Names["seg-1.log"].Data[starts[at]+frameSize+20] ^= 1
 
 				dir.Before = func(c storetest.Call) error {
@@ -522,7 +521,7 @@ func TestCloseReadsForAShortTime(t *testing.T) {
 
 		dir.Before = func(c storetest.Call) error {
 			if c.What == "read" {
-				time.Sleep(time.Second / 4)
+				<-time.After(time.Second / 4)
 			}
 			return nil
 		}

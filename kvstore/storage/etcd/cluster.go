@@ -79,12 +79,12 @@ var (
 		"addresses in -data belong to one cluster? If somebody has restored it, start again: the "+
 		"server goes on with what is there.")
 
-	// errSmaller is returned for a request that failed because of its size: etcd found it too large,
-	// or it took too long. The caller asks for less at a time.
+	// errSmaller is returned for a request that failed because of its size: etcd found it too
+	// large, or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
 	errSilent  = errors.New("no answer")
-	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the name
-	// that it follows.
+	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the
+	// name that it follows.
 	errUnlike = errors.New("etcd has not what was written before")
 )
 
@@ -364,8 +364,8 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTime)
 	defer cancel()
 
-	// Read spent first: bytes that are written from here on may not be in the sizes that the members
-	// answer.
+	// Read spent first: bytes that are written from here on may not be in the sizes that the
+	// members answer.
 	var wg sync.WaitGroup
 	spent, answers := c.spent.Load(), make([]response, len(c.members))
 	for i, member := range c.members {

@@ -61,26 +61,26 @@ type directory struct {
 	pieces atomic.Int64                             // number of pieces in etcd, once the lock is held
 }
 
-// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock waits
-// for it only a while, and because in a test with a fake clock time goes on while somebody waits
-// for it.
+// access admits one goroutine at a time. It is a channel and not a sync.Mutex because takeStock
+// waits for it only a while, and because in a test with a fake clock time goes on while somebody
+// waits for it.
 type access chan struct{}
 
-// begin waits until nobody else has access. It returns the function that ends the access.
-func (a access) begin() (end func()) {
+// enter waits until nobody else has access. It returns the function that ends the access.
+func (a access) enter() (end func()) {
 	a <- struct{}{}
-	return a.end
+	return a.leave
 }
 
-func (a access) end() { <-a }
+func (a access) leave() { <-a }
 
 // segmentBytes is how large a log file becomes, in bytes.
 const segmentBytes = 16 << 20
 
 // Options are what Open needs to know. The zero value is for a process that only reads.
 type Options struct {
-	// Addr is the address at which this process will serve the data. Other servers that wait for the
-	// lock log it. If Addr is "", Lock does not wait for a holder that is alive.
+	// Addr is the address at which this process will serve the data. Other servers that wait for
+	// the lock log it. If Addr is "", Lock does not wait for a holder that is alive.
 	Addr   string
 	Log    *slog.Logger    // nil: log nothing
 	Status *storage.Status // nil: nobody reads it
@@ -296,8 +296,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// beginSteps starts a new series of steps. The caller has access. The step that is there is compared,
-// so that the request is harmless if the network delivers it a second time, later.
+// beginSteps starts a new series of steps. The caller has access. The step that is there is
+// compared, so that the request is harmless if the network delivers it a second time, later.
 func (d *directory) beginSteps() error {
 	step, revision := d.key("step"), int64(0)
 	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
@@ -340,7 +340,7 @@ func (d *directory) change(ids map[string]string) error {
 	without := nameless(slices.Collect(maps.Values(d.names)), names)
 	for _, id := range slices.AppendSeq(slices.Clone(without), maps.Values(ids)) {
 		if f := d.files[id]; f != nil {
-			defer f.access.begin()()
+			defer f.access.enter()()
 		}
 	}
 
@@ -352,8 +352,8 @@ func (d *directory) change(ids map[string]string) error {
 		return err
 	}
 
-	// The change is durable in etcd: note it here. A name that has got another file, or was removed,
-	// is no longer lost.
+	// The change is durable in etcd: note it here. A name that has got another file, or was
+	// removed, is no longer lost.
 	d.step++
 	if len(names) == 0 {
 		d.pieces.Store(0)
@@ -402,8 +402,8 @@ func (d *directory) sweep(ids []string) error {
 	return nil
 }
 
-// begin reads what is in etcd, once the lock is held.
-func (d *directory) begin() error {
+// readAll reads what is in etcd, once the lock is held.
+func (d *directory) readAll() error {
 	// A new series of steps makes every change fail that was sent before, and arrives late.
 	if err := d.beginSteps(); err != nil {
 		return err
@@ -469,10 +469,10 @@ func (d *directory) setNames(names map[string]string) {
 
 // check finds out whether etcd has everything that this process has written. If anything is gone,
 // all files count as lost: the store then writes all its data again, so what is left of them is of
-// no use. It returns false if it could not find out: etcd did not answer, a file is being written, a
-// write has arrived late, or the lock has to be taken again.
+// no use. It returns false if it could not find out: etcd did not answer, a file is being written,
+// a write has arrived late, or the lock has to be taken again.
 func (d *directory) check() (isKnown bool) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// First the lock must be ours again, so that nobody else changes what we compare.
 	missed, isGone := d.lock.missed.Load(), d.lock.isGone()
@@ -490,7 +490,8 @@ func (d *directory) check() (isKnown bool) {
 		return false
 	}
 
-	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived late.
+	// More pieces than were counted, of a file that is not open, do no harm: a request has arrived
+	// late.
 	isLost := !maps.Equal(names, d.names) || more < 0 || d.client.revision.Load() < d.known
 	for name, id := range names {
 		f := d.files[id]
@@ -526,16 +527,16 @@ func (d *directory) lose(names map[string]string) {
 	}
 }
 
-// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a moment
-// at which no file is being written. It fails if that moment does not come soon. The caller has
-// access.
+// takeStock reads the names, the lock, and how many pieces there are beyond those counted, at a
+// moment at which no file is being written. It fails if that moment does not come soon. The caller
+// has access.
 func (d *directory) takeStock() (names map[string]string, more int64, lock []keyValue, err error) {
 	// A writer has access to its file. Wait for that, but not for long.
 	late := time.After(pauseTime)
 	for _, f := range d.files {
 		select {
 		case f.access <- struct{}{}:
-			defer f.access.end()
+			defer f.access.leave()
 		case <-late:
 			return nil, 0, nil, errors.New("a file is being written")
 		}
@@ -545,8 +546,8 @@ func (d *directory) takeStock() (names map[string]string, more int64, lock []key
 		return d.client.try(d.lock.ctx, at, t)
 	})
 
-	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have all
-	// their bytes then. If that is why the numbers differ, look again later.
+	// A write that arrives late adds a piece, and may remove pieces that it joins: the files have
+	// all their bytes then. If that is why the numbers differ, look again later.
 	counted := d.pieces.Load()
 	for _, f := range d.files {
 		if err == nil && pieces != counted && d.lock.isOursIn(lock) && !f.isDead.Load() {
@@ -589,7 +590,7 @@ func (d *directory) recover() error {
 // List returns the names of files, and while there is no lock also the quoted names of keys that
 // are not ours.
 func (d *directory) List() (list []string, err error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// Without the lock no names are known: ask etcd. Keys that are not ours are listed so that a
 	// start refuses the prefix, and people see why.
@@ -707,8 +708,8 @@ func (d *directory) mayBegin(ctx context.Context) error {
 	return nil
 }
 
-// find returns the id of a name. The caller has access.
-func (d *directory) find(name string) (id string, err error) {
+// fileID returns the id of a name. The caller has access.
+func (d *directory) fileID(name string) (id string, err error) {
 	// The holder of the lock knows all names. Any other process asks etcd each time.
 	names := d.names
 	if d.lock == nil {
@@ -723,7 +724,7 @@ func (d *directory) find(name string) (id string, err error) {
 
 // Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
 	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"
@@ -735,8 +736,8 @@ func (d *directory) Create(name string) (storage.File, error) {
 }
 
 func (d *directory) Rename(from, to string) error {
-	defer d.access.begin()()
-	id, err := d.find(from)
+	defer d.access.enter()()
+	id, err := d.fileID(from)
 	if err == nil {
 		err = d.change(map[string]string{to: id, from: ""})
 	}
@@ -744,9 +745,9 @@ func (d *directory) Rename(from, to string) error {
 }
 
 func (d *directory) Remove(name string) error {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
-	if _, err := d.find(name); err != nil {
+	if _, err := d.fileID(name); err != nil {
 		delete(d.lost, name) // there is no such file any more, as the caller wants
 		return err
 	}
@@ -761,9 +762,9 @@ func (d *directory) Extend(name string) (storage.File, error) {
 // Open opens a file. The holder of the lock asks etcd for a file's pieces only once: nobody else
 // writes the file.
 func (d *directory) Open(name string) (storage.File, int64, error) {
-	defer d.access.begin()()
+	defer d.access.enter()()
 
-	id, err := d.find(name)
+	id, err := d.fileID(name)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -781,14 +782,14 @@ func (d *directory) Open(name string) (storage.File, int64, error) {
 		d.files[id] = f
 	}
 
-	return f, f.end(), nil
+	return f, f.length(), nil
 }
 
 // Sync has nothing to make durable: every change of names is durable when it is made. The first
 // Sync after a start, or after a sweep that failed, removes all pieces of files without a name,
 // such as a crash leaves.
 func (d *directory) Sync() error {
-	defer d.access.begin()()
+	defer d.access.enter()()
 	// Only the holder may remove anything, and once is enough: nobody else writes.
 	if d.isSwept || d.lock == nil {
 		return nil

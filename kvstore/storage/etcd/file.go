@@ -92,8 +92,8 @@ func (f *pieceFile) open() error {
 }
 
 // end is the size of the file, with what is not sent yet.
-func (f *pieceFile) end() int64 {
-	defer f.access.begin()()
+func (f *pieceFile) length() int64 {
+	defer f.access.enter()()
 	return f.size + int64(len(f.buf))
 }
 
@@ -163,7 +163,7 @@ func (f *pieceFile) isThere() (err error) {
 	isGone := f.isDead.Load()
 	// Without the lock, another process may have removed or replaced the file.
 	if f.d.lock == nil {
-		id, findErr := f.d.find(f.name)
+		id, findErr := f.d.fileID(f.name)
 		err, isGone = findErr, id != f.id
 	}
 
@@ -174,7 +174,7 @@ func (f *pieceFile) isThere() (err error) {
 }
 
 func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
-	defer f.access.begin()()
+	defer f.access.enter()()
 
 	// What is left of a file that was removed or is lost is of no use.
 	if f.isDead.Load() {
@@ -301,9 +301,10 @@ func (f *pieceFile) fetchPage(i int) error {
 }
 
 // WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips: a start writes again what may not be on a disk.
+// them; bytes that are in the file already it skips: a start writes again what may not be on a
+// disk.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	rest := b
 
 	// The file was removed or is lost: its bytes go nowhere, as those of a removed file on a disk.
@@ -358,8 +359,8 @@ func (f *pieceFile) send(least int) error {
 }
 
 // settle reads which pieces the file has by now, after a request that may have arrived without an
-// answer, or arrives later than others. Such a request puts bytes that buf began with, and may remove
-// pieces that it joins. why is the error for which settle is called; nil: there was none.
+// answer, or arrives later than others. Such a request puts bytes that buf began with, and may
+// remove pieces that it joins. why is the error for which settle is called; nil: there was none.
 func (f *pieceFile) settle(why error) error {
 	was := f.extent
 	isChanged, err := f.reread()
@@ -392,9 +393,10 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have arrived,
-// or may arrive later. After errSmaller and errUnlike the caller settles what the file has, and calls
-// put again, which takes fewer bytes after errSmaller. After any other error no more pieces can be added.
+// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
+// arrived, or may arrive later. After errSmaller and errUnlike the caller settles what the file
+// has, and calls put again, which takes fewer bytes after errSmaller. After any other error no more
+// pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.
@@ -534,12 +536,12 @@ func unpack(b []byte, size int64) []byte {
 }
 
 func (f *pieceFile) Sync() error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	return f.send(1)
 }
 
 func (f *pieceFile) Truncate(size int64) error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	err := f.send(1)
 	if err == nil && size != f.size && !f.isDead.Load() {
 		err = f.cut(size)
@@ -549,7 +551,7 @@ func (f *pieceFile) Truncate(size int64) error {
 
 // Close releases memory. It does not send: Sync must come first.
 func (f *pieceFile) Close() error {
-	defer f.access.begin()()
+	defer f.access.enter()()
 	f.page, f.tail, f.tails, f.before = nil, nil, 0, f.last
 	return nil
 }

@@ -132,8 +132,8 @@ func TestEtcdRenameBesideWrite(t *testing.T) {
 		}
 
 		<-ended
-		if err := lock.Held(); err != nil || f.(*pieceFile).end() != 50 {
-			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).end())
+		if err := lock.Held(); err != nil || f.(*pieceFile).length() != 50 {
+			t.Errorf("after renames beside writes: %v, and %d bytes", err, f.(*pieceFile).length())
 		}
 		lock.Close()
 	})
@@ -162,9 +162,9 @@ func TestEtcdLateRequests(t *testing.T) {
 	}
 }
 
-// writesBeside writes data to a file in small pieces, while the n-th request suffers the fault, with a
-// lateBy of by. It fails the test if a reader does not get all that was written, or if something counts as gone.
-// reached says whether there were n requests.
+// writesBeside writes data to a file in small pieces, while the n-th request suffers the fault,
+// with a lateBy of by. It fails the test if a reader does not get all that was written, or if
+// something counts as gone. reached says whether there were n requests.
 func writesBeside(t *testing.T, data string, fault etcdFault, n, by int) (reached bool) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -215,8 +215,9 @@ func writesBeside(t *testing.T, data string, fault etcdFault, n, by int) (reache
 	return reached
 }
 
-// Ensure that a late write, whose piece is joined with others afterwards, does not count as something
-// gone; nor does a write that arrives twice, the second time after a join, before another is lost.
+// Ensure that a late write, whose piece is joined with others afterwards, does not count as
+// something gone; nor does a write that arrives twice, the second time after a join, before another
+// is lost.
 func TestEtcdLateThenJoined(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -259,8 +260,8 @@ func TestEtcdLateThenJoined(t *testing.T) {
 	})
 }
 
-// Ensure that writes that arrive twice, the second one between the two reads of a look at the pieces, do
-// not count as something gone.
+// Ensure that writes that arrive twice, the second one between the two reads of a look at the
+// pieces, do not count as something gone.
 func TestEtcdLateBesideALook(t *testing.T) {
 	for at := 1; at < 8; at++ { // the request of the look before which it arrives
 		synctest.Test(t, func(t *testing.T) {
@@ -319,8 +320,8 @@ func (w *etcdWire) suffer(fault etcdFault, lateBy int) {
 	w.at, w.fault, w.lateBy = w.requests+1, fault, lateBy
 }
 
-// Ensure that a key of somebody else among a file's pieces hides no deletion, and does not end a server
-// that can write all its data again.
+// Ensure that a key of somebody else among a file's pieces hides no deletion, and does not end a
+// server that can write all its data again.
 func TestEtcdKeyAmongPieces(t *testing.T) {
 	for _, deleted := range [][]string{{"kv/d/%s/00000002", "kv/d/%s/00000003"}, {"kv/n/file"}} {
 		synctest.Test(t, func(t *testing.T) {
@@ -356,8 +357,8 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 	}
 }
 
-// Ensure that if a request arrives too late, and the process is killed at some request after that, the
-// next one has all that was answered.
+// Ensure that if a request arrives too late, and the process is killed at some request after that,
+// the next one has all that was answered.
 func TestEtcdKilledAfterALateRequest(t *testing.T) {
 	t.Parallel()
 	for n, reached := 1, true; reached; n = storetest.Next(n, 6) {
@@ -368,9 +369,9 @@ func TestEtcdKilledAfterALateRequest(t *testing.T) {
 	}
 }
 
-// killedAfterALate writes a store, while the n-th request arrives by requests later, and the process
-// is killed at request at. It fails the test if the next process has not what was answered. reached
-// says whether there were n requests.
+// killedAfterALate writes a store, while the n-th request arrives by requests later, and the
+// process is killed at request at. It fails the test if the next process has not what was answered.
+// reached says whether there were n requests.
 func killedAfterALate(t *testing.T, n, by, at int) (reached bool) {
 	e, h := newFakeEtcd(), storetest.NewHistory()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a standby would wait without end

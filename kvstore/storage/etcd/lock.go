@@ -138,8 +138,8 @@ type sight struct {
 	told     string    // the reason for the wait that the log was told last
 }
 
-// look reads the lock. It asks with a put that never happens, because a full etcd refuses that: while
-// etcd is full the lock's holder cannot show a sign of life, so this time must not count.
+// look reads the lock. It asks with a put that never happens, because a full etcd refuses that:
+// while etcd is full the lock's holder cannot show a sign of life, so this time must not count.
 func (w *sight) look(ctx context.Context, d *directory) error {
 	key := d.key("lock")
 	one := func(prefix string) operation {
@@ -168,7 +168,8 @@ func (w *sight) look(ctx context.Context, d *directory) error {
 	}
 
 	// Count from the time at which we first saw this sign of life, so that only our own clock
-	// matters. If there is no lock, a changed step says that somebody has had it since the last look.
+	// matters. If there is no lock, a changed step says that somebody has had it since the last
+	// look.
 	if w.since.IsZero() || revision != w.revision || step != w.step {
 		w.since = now
 	}
@@ -241,8 +242,8 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 // gives up. err is the result of the last look, and before the lock's revision at the look before.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
-	isImpatient, waited := d.opts.Addr == "", time.Since(w.began)
-	silence := min(waited, time.Since(w.answered))
+	isImpatient, soFar := d.opts.Addr == "", time.Since(w.began)
+	silence := min(soFar, time.Since(w.answered))
 	stage := "the data is in use " + w.holder.String()
 
 	switch {
@@ -251,7 +252,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 	case isFull:
 		stage = errFull.Error()
 
-	case isSilent && isImpatient && waited >= patienceTime, err != nil && !isSilent:
+	case isSilent && isImpatient && soFar >= patienceTime, err != nil && !isSilent:
 		// To wait does not help if all members refuse, or if the lock is not kvserver's.
 		return err
 	case isSilent && silence < tellTime: // for example, too few members answer for a new store
@@ -292,7 +293,7 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	// Signs of life come first, because begin may take longer than lockTime.
 	go l.beat()
 	d.client.findQuota(l.ctx)
-	if err := d.begin(); err != nil {
+	if err := d.readAll(); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -439,8 +440,9 @@ func (l *clusterLock) show(sent time.Time) bool {
 		answer, err = l.d.client.try(l.beating, "kv/txn", t)
 	}
 
-	// Silence ends the lock only if this sign was sent patienceTime or more after the last confirmed one,
-	// by the monotonic clock. Another holder, or a refusal by all members, ends it at once.
+	// Silence ends the lock only if this sign was sent patienceTime or more after the last
+	// confirmed one, by the monotonic clock. Another holder, or a refusal by all members, ends it
+	// at once.
 	switch isLate := sent.Sub(*l.confirmed.Load()) >= patienceTime; {
 	case l.beating.Err() != nil: // the lock was given back or lost
 	case err == nil && answer.Succeeded:

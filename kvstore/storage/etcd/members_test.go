@@ -496,8 +496,8 @@ func TestEtcdOtherBesideFull(t *testing.T) {
 	})
 }
 
-// Ensure that a cluster of which no member answers does not count as another one, as may happen when
-// something is gone.
+// Ensure that a cluster of which no member answers does not count as another one, as may happen
+// when something is gone.
 func TestEtcdOtherWhileSilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
@@ -631,8 +631,8 @@ func TestEtcdSlower(t *testing.T) {
 	})
 }
 
-// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and that
-// large ones do.
+// Ensure that small pieces, which arrive soon over any link, do not make the next ones larger, and
+// that large ones do.
 func TestEtcdSmallPiecesProveNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, _, lock := newFakeEtcd().locked(t)

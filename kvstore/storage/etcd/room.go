@@ -14,8 +14,8 @@ import (
 
 // etcd has a quota. Once a member's database is larger, etcd refuses every put, of everybody, until
 // an operator has made room and disarmed the alarm: also our signs of life, and the records of a
-// Delete. So RoomFor refuses writes before that, then Removes and Takes, and keeps the last room for
-// Deletes.
+// Delete. So RoomFor refuses writes before that, then Removes and Takes, and keeps the last room
+// for Deletes.
 const (
 	marginMost  = 64 << 20 // bytes kept for what frees room, at most: else an eighth of the quota
 	garbageMost = 8 << 20  // bytes that we have replaced or removed, until etcd is to forget them
@@ -50,8 +50,8 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 		left = margin / 4
 	}
 
-	// Removes leave more for Deletes: a quarter for what these take beside their bytes, such as a piece
-	// for each until pieces are joined. Half of the margin is enough for nearly all stores.
+	// Removes leave more for Deletes: a quarter for what these take beside their bytes, such as a
+	// piece for each until pieces are joined. Half of the margin is enough for nearly all stores.
 	if frees && toDelete > 0 {
 		left += min(margin/4+toDelete, margin/2)
 	}
@@ -122,8 +122,8 @@ func (c *cluster) findQuota(ctx context.Context) {
 	}
 }
 
-// forget compacts etcd's history once it has much garbage of ours, or any while there is no room. The
-// cluster may be configured to do that by itself, or may not.
+// forget compacts etcd's history once it has much garbage of ours, or any while there is no room.
+// The cluster may be configured to do that by itself, or may not.
 func (c *cluster) forget(ctx context.Context, isFull bool) {
 	garbage := c.garbage.Load()
 	if garbage == 0 || garbage < c.share(garbageMost) && !isFull {

@@ -179,8 +179,10 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {
 	foreign, damaged, inUse, beside, full := t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir(), t.TempDir()
+	lost := t.TempDir() // damaged, too: what starts on damaged beside it has that in use
 	os.WriteFile(filepath.Join(foreign, "photo.jpg"), nil, 0o600)
 	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+	os.WriteFile(filepath.Join(lost, "STORE"), []byte("what is this"), 0o600)
 	os.WriteFile(filepath.Join(full, "STORE"), nil, 0o600)
 	store := OpenStore(t, inUse)
 	t.Cleanup(func() { store.Close() })
@@ -199,7 +201,7 @@ func failuresWithData(t *testing.T, program string) []mistake {
 				damaged},
 		{"backup " + inUse + " " + inUse, "a store cannot be copied into itself: " + inUse,
 			"Nothing was changed. Give another directory"},
-		{"repair " + damaged + " " + full, "a copy needs a new or an empty directory",
+		{"repair " + lost + " " + full, "a copy needs a new or an empty directory",
 			"Nothing was copied. Give another directory"},
 
 		{"-data etcd://nowhere", "no address of data in etcd", "Give the members and a prefix"},

@@ -164,27 +164,7 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 		synctest.Test(t, func(t *testing.T) {
 			n := start(t)
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() { // a relay to the server, which loses later answers
-				a := n.Dial(t)
-				go func() {
-					io.Copy(a.Conn, theirs)
-					a.Conn.CloseWrite()
-				}()
-
-				for sent := 0; c.answers < 0 || sent <= c.answers; sent++ {
-					line, err := a.R.ReadString('\n')
-					if err != nil {
-						break
-					}
-					io.WriteString(theirs, line)
-				}
-
-				if c.answers >= 0 {
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-				}
-				theirs.Close()
-				a.Close()
-			}()
+			go relay(n.Dial(t), theirs, c.answers)
 
 			var errs bytes.Buffer
 			good, through, err := talker.Talk(Talk{Conn: ours, In: strings.NewReader(load),
@@ -205,6 +185,29 @@ func ClientResumes(t *testing.T, talker Talker, start protocol.Start) {
 			n.HangUp()
 		})
 	}
+}
+
+// relay carries requests from conn to the server, and so many answers back, besides that to an Ack.
+// Then it ends the connection, and later answers are lost; -1: all answers.
+func relay(a *protocol.Client, conn *world.Conn, answers int) {
+	go func() {
+		io.Copy(a.Conn, conn)
+		a.Conn.CloseWrite()
+	}()
+
+	for sent := 0; answers < 0 || sent <= answers; sent++ {
+		line, err := a.R.ReadString('\n')
+		if err != nil {
+			break
+		}
+		io.WriteString(conn, line)
+	}
+
+	if answers >= 0 {
+		<-time.After(1) // by then all is sent: fake time passes only while nobody works
+	}
+	conn.Close()
+	a.Close()
 }
 
 // ClientSendsLongLines ensures that -c sends a line before all of it has come, so that it keeps

@@ -23,53 +23,9 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 	}
 
 	f.Fuzz(func(t *testing.T, script []byte, cut uint16) {
-		lines := strings.SplitAfter(string(script), "\n")
-		m := NewModel(help)
-		want, spoke, quit := "", false, false
-		if strings.HasPrefix(lines[0], tlsHandshake) {
-			want, quit = ":ERROR line 1: \n", true
-		}
-
-		for i, line := range lines {
-			if line == "" || quit {
-				continue
-			}
-
-			if !strings.HasSuffix(line, "\n") {
-				want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
-				continue
-			}
-
-			// A line may end with CR, or CR and NUL, and a blank line is no request.
-			line = strings.TrimSuffix(line, "\n")
-			if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
-				line = short
-			} else {
-				line = strings.TrimSuffix(line, "\r")
-			}
-			if line == "" {
-				continue
-			}
-
-			if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
-				strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
-				return // Stats shows the time; and the model folds letters as Unicode does
-			}
-
-			answer := m.Answer(i+1, line)
-			if strings.HasPrefix(answer, ":ERROR") {
-				answer += "\n"
-				if !spoke {
-					var foreign string
-					foreign, quit = other(line)
-					answer = cmp.Or(foreign, answer)
-				}
-			}
-
-			spoke = true
-			want += answer
-			verb := strings.ToLower(line)
-			quit = quit || verb == "quit" || verb == "exit"
+		want, isKnown := answers(NewModel(help), string(script), other)
+		if !isKnown {
+			return
 		}
 
 		start.inBubble(t, func(t *testing.T, n *Net) {
@@ -90,4 +46,57 @@ func FuzzConversation(f *testing.F, start Start, help []string, other func(line 
 			}
 		})
 	})
+}
+
+// answers returns what a client gets that sends script, with errors but for their reasons. It is
+// not known if the script asks for what m has not. other is as for FuzzConversation.
+func answers(m *Model, script string, other func(line string) (string, bool)) (want string, isKnown bool) {
+	lines := strings.SplitAfter(script, "\n")
+	spoke, quit := false, false
+	if strings.HasPrefix(lines[0], tlsHandshake) {
+		want, quit = ":ERROR line 1: \n", true
+	}
+
+	for i, line := range lines {
+		if line == "" || quit {
+			continue
+		}
+
+		if !strings.HasSuffix(line, "\n") {
+			want += ":ERROR line " + strconv.Itoa(i+1) + ": \n"
+			continue
+		}
+
+		// A line may end with CR, or CR and NUL, and a blank line is no request.
+		line = strings.TrimSuffix(line, "\n")
+		if short, ok := strings.CutSuffix(line, "\r\x00"); ok {
+			line = short
+		} else {
+			line = strings.TrimSuffix(line, "\r")
+		}
+		if line == "" {
+			continue
+		}
+
+		if verb, _, _ := strings.Cut(line, ":"); strings.ToLower(verb) == "stats" ||
+			strings.ContainsFunc(verb, func(r rune) bool { return r > 127 }) {
+			return "", false // Stats shows the time; and the model folds letters as Unicode does
+		}
+
+		answer := m.Answer(i+1, line)
+		if strings.HasPrefix(answer, ":ERROR") {
+			answer += "\n"
+			if !spoke {
+				var foreign string
+				foreign, quit = other(line)
+				answer = cmp.Or(foreign, answer)
+			}
+		}
+
+		spoke = true
+		want += answer
+		verb := strings.ToLower(line)
+		quit = quit || verb == "quit" || verb == "exit"
+	}
+	return want, true
 }

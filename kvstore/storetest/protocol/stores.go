@@ -173,15 +173,6 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			var stop atomic.Bool
 			var all sync.WaitGroup
 			rounds := make([]atomic.Int64, others)
-			span := func() (least, most int64) {
-				least = math.MaxInt64
-				for i := range rounds {
-					n := rounds[i].Load()
-					least, most = min(least, n), max(most, n)
-				}
-				return least, most
-			}
-
 			clients := n.DialMany(t, others, func(int, *Client) {})
 			for i, c := range clients {
 				all.Go(func() {
@@ -195,7 +186,7 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			}
 
 			updates := strings.Count(script, "Update")
-			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span() {
+			for least := int64(0); len(parts) > 1 && least == 0; least, _ = span(rounds) {
 				world.Pass(takes) // until each is known to ask for more than a little
 			}
 
@@ -210,7 +201,7 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 
 			// This is time for five rounds of each.
 			world.Pass(time.Duration(5*others*updates) * takes)
-			least, most := span()
+			least, most := span(rounds)
 			if least < 4 || most > 3*least { // none starves
 				t.Errorf("others have had from %d to %d replies (%q)", least, most, script)
 			}
@@ -219,6 +210,16 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			all.Wait()
 		})
 	}
+}
+
+// span returns the least and the most of numbers.
+func span(numbers []atomic.Int64) (least, most int64) {
+	least = math.MaxInt64
+	for i := range numbers {
+		n := numbers[i].Load()
+		least, most = min(least, n), max(most, n)
+	}
+	return least, most
 }
 
 // ExpireIsCommitted ensures that nobody learns that a key has gone before its removal is committed.
