@@ -44,13 +44,14 @@ const (
 	chunkSize = 16 << 10 // bytes of a small recycled message
 	largeSize = maxMessage
 
-	// The slowest steady reader takes steadyRate bytes a second. Its socket and ours together hold
-	// socketMost bytes: 6 MiB in the reader's (Linux: tcp_rmem), those in ours, and a margin.
+	// The slowest steady reader takes steadyRate bytes a second, and a begun line that others wait
+	// for must come as fast (givesWay). The reader's socket and ours together hold socketMost bytes:
+	// 6 MiB in the reader's (Linux: tcp_rmem), those in ours, and a margin.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	// A client is a slow reader once its connection has taken no byte for slowAfter, or for up to
-	// six times as long if its sockets hold much that it has not read (patience).
+	// A client is a slow reader once its connection has taken no byte for slowAfter; for up to five
+	// times as long if its sockets hold much, and one more if it was seen to read (patience).
 	slowAfter = time.Second
 	lookTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
 	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is measured
@@ -69,7 +70,7 @@ const (
 	probeTime = time.Second
 
 	drainTime = time.Second // for the client to take our last words and close
-	// of silence: then a closing server expects nothing more from a client
+	// after so much silence a closing server expects nothing more from a client
 	busyTime = 20 * time.Millisecond
 )
 
@@ -110,8 +111,8 @@ const (
 //
 // How a connection ends, most often:
 //
-//	readFromClient   notes the reason (setReason), reads no more, and waits for the chain under way. Then
-//	                 it closes buffer, tells workLoop (depart), and ends
+//	readFromClient   notes the reason (setReason), reads no more, and waits for the chain under
+//	                 way. Then it closes buffer, tells workLoop (depart), and ends
 //	writeToClient    writes what is queued, closes the connection, tells workLoop, and ends. If TLS
 //	                 cannot say goodbye in time, a timer closes the connection (inTime)
 //	workLoop         forgets the client when both have ended, and logs the reason (leave)
@@ -119,8 +120,8 @@ const (
 // Requests that were read before the reason came up are still run, unless the store has failed, or
 // the closing server broke off a Keys or Dump before them. Other ways to end:
 //
-//	a Write fails                 writeToClient closes the connection, so that Read fails. Then it
-//	                              closes the channel closed: the chain's holder need not reply
+//	a Write fails                 writeToClient closes the channel closed: the chain's holder need
+//	                              not reply. Then it closes the connection, so that Read fails
 //	others need the memory that   the chain's holder closes the connection (isCutOff): Read and
 //	its replies take              Write fail
 //	the store's Commit fails      workLoop closes all connections without a word, and sends nil on
@@ -128,8 +129,8 @@ const (
 //	the server closes             workLoop ends all Reads (stopReading), and after closeTime all
 //	                              Writes (hurry)
 //	it has asked for nothing      there is no writeToClient: readFromClient closes the connection
-//	it never becomes a client     the goroutine that has the connection closes it: receive, shakeHands,
-//	                              fewConns, welcome or reject
+//	it never becomes a client     the goroutine that has the connection closes it: receive,
+//	                              shakeHands, fewConns, welcome or reject
 type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
@@ -599,7 +600,7 @@ func (c *Client) stopWaiting(how queryType) {
 
 // setTick sets a read deadline if the client holds memory or has begun a line. Read then ends
 // within quietAfter, so that tick can give memory back and count the line's time. (While a Take may
-// wait, Read ends when its time does, if not before.) One deadline serves many Reads, because
+// wait, Read ends at the latest with the Take's time.) One deadline serves many Reads, because
 // setting one for each would slow down every burst.
 func (c *Client) setTick() {
 	in := &c.in
@@ -680,8 +681,8 @@ var errUnended = fmt.Errorf("the line was begun but not ended within %v", lineTi
 
 // ---- input: its memory
 
-// need returns how many bytes the input takes, beyond a quiet client's, if buf has size bytes and
-// the chain holds so many queries: granted: what every client may have; beyond: the rest.
+// need returns how many bytes more than a quiet client's the input takes if buf has size bytes and
+// the chain holds so many queries. granted is what every client may have, and beyond is the rest.
 func (in *input) need(size, queries int) (granted, beyond int64) {
 	buffers := size + max(in.lentSize(size), len(in.lent))
 	all := max(0, buffers-2*quietSize) + queries*querySize
@@ -689,8 +690,8 @@ func (in *input) need(size, queries int) (granted, beyond int64) {
 	return granted, int64(all+in.takeKey) - granted
 }
 
-// lentSize returns how many bytes the buffer has that buf, of size bytes, will change places with.
-// Behind a long line only little is read.
+// lentSize returns the size of the other buffer, with which buf, of size bytes, changes places.
+// After a long line only little is read.
 func (in *input) lentSize(size int) int {
 	if in.forLine {
 		return min(size, grantedSize)
@@ -803,8 +804,8 @@ func (c *Client) passOn() {
 	c.countInput()
 }
 
-// takeOver makes the buffer of ended buf, if it has size bytes and long lines may get memory.
-// Otherwise it gives the buffer up.
+// takeOver makes ended's buffer the client's buf, if it has size bytes and long lines may get
+// memory. Otherwise it gives the buffer up.
 func (c *Client) takeOver(ended endedLine, size int) bool {
 	in, b := &c.in, &c.server.budget
 	if len(ended.buf) < size || !b.mayTakeLines() {
@@ -819,9 +820,9 @@ func (c *Client) takeOver(ended endedLine, size int) bool {
 	return true
 }
 
-// giveUpEnded gives up the buffer of one line that has ended, if that was least ago. Each client
-// calls it when it becomes quiet and when it goes, so no more of them are kept than there are
-// clients that use them; and once in a while for a buffer that nobody has used for so long.
+// giveUpEnded gives up the buffer of one line, if that ended no less than least ago. Each client
+// calls it when it becomes quiet and when it goes, so there are no more such buffers than clients
+// that use them; a busy client calls it at each tick, with quietAfter.
 func (b *budget) giveUpEnded(least time.Duration) {
 	select {
 	case ended := <-b.ended:
@@ -840,10 +841,10 @@ func (b *budget) giveUpEnded(least time.Duration) {
 // awaitLineMemory waits until buf may have size bytes for the begun line. What a line may take:
 //
 //   - like a burst, a part of half of forInput (resizeInput);
-//   - a part of all of forInput, while the lines whose replies wait are not too much (mayTakeLines);
+//   - a part of all forInput, unless lines whose replies wait take too much (mayTakeLines);
 //   - a buffer of that part, from a line that has ended (passOn);
-//   - whatever it needs, if it has the only slot of anyLine: without this slot all lines, each of them
-//     read by half, could wait for each other for ever;
+//   - whatever it needs, if it has the only slot of anyLine: without this slot all lines, half
+//     read, could wait for each other for ever;
 //   - whatever it needs, if it has the only slot of freeing, which is for requests that free.
 //
 // A line that hardly comes gives way to others that wait (givesWay). awaitLineMemory returns false
@@ -1026,8 +1027,8 @@ func (c *Client) endInput(err error) {
 		c.stopWaiting(dropTake)
 	}
 
-	// Of the begun line only this is needed. A Take that waits, perhaps for an hour, has memory of
-	// its own.
+	// Of the begun line only these two facts are needed. A Take that waits, perhaps for an hour, has
+	// memory of its own.
 	hasBegun := in.pending > 0
 	isLong := hasBegun && len(trimCR(string(in.buf[:in.pending]))) > c.server.maxLine
 	if c.mayTakeWait() {
@@ -1116,8 +1117,8 @@ type listing struct {
 func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
-	// Others may take long to read their Keys. A Keys that holds a long line does not wait for that
-	// if lines have more memory than their share, or no other line would get a slot (mayHaveSlot).
+	// Others may take long to read their Keys. A Keys that holds a long line does not wait for them
+	// while lines have more than their share: no other line would get a slot (mayHaveSlot).
 	stop, b := c.server.closeSignal, &c.server.budget
 	if c.in.forLine && b.inputs.Load() > b.forInput() {
 		stop = c.server.serving // this channel is closed, so acquire does not wait
@@ -1397,8 +1398,8 @@ func (l *listing) queriesFor(found []string) *Query {
 	return &chain[0]
 }
 
-// mustStop reports whether the listing is to stop because the server closes: if n, the keys that it
-// would go on with, take long. Then it notes the reason, and there is no :OK.
+// mustStop reports whether the listing is to stop because the server closes: if the work at hand,
+// with n keys, takes long. Then it notes the reason, and there is no :OK.
 func (l *listing) mustStop(n int) bool {
 	if n < l.client.server.partKeys || !l.client.server.isClosing() {
 		return false
@@ -1506,7 +1507,7 @@ func (o *outbox) countAsWaiting(chain *Query) (giveBack func()) {
 // listSize returns how many bytes the slice of q's values takes, without their text.
 func (q *Query) listSize() int64 { return int64(len(q.values)) * stringSize }
 
-// pinnedSize returns how many bytes of values q keeps in memory, whoever removes them from the
+// pinnedSize returns how many bytes of values q keeps in memory even if others remove them from the
 // store.
 func (q *Query) pinnedSize() int64 {
 	if q.bytes > kvstore.ViewMost {
@@ -1896,7 +1897,7 @@ var (
 	large  = sync.Pool{New: func() any { return new([largeSize]byte) }}
 )
 
-// newMessage returns an empty message with room for left bytes, or for piece if that is less. If
+// newMessage returns an empty message with room for unformatted, or for piece if that is less. If
 // the client keeps up, or if the message fills one of large, it borrows memory of a fixed size
 // (chunks, large). Any other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
@@ -2145,7 +2146,7 @@ func (p *pacedConn) tell(taken bool) {
 }
 
 // patience returns for how long a steady reader may take no byte. That is longer than slowAfter if
-// its socket holds much that it has not read: Linux opens a receive window that was closed when a
+// its socket holds much that it has not read: Linux opens a closed receive window again only once a
 // sixteenth of the buffer is free, which with 6 MiB at steadyRate is 1.5 s later
 // (__tcp_select_window). Twice that leaves time for the reader's pauses. It is longer, too, for a
 // client that was seen to read: a window that opens in small steps was seen to stand still for 1.7

@@ -27,7 +27,7 @@
 //	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
 //	drip      a client drips if it takes fewer than 256 KiB a second while replies wait (noteWait)
 //	parked    a Take is parked while it waits, in takes, for a value
-//	pinned    values that replies which wait would keep in memory if others removed them
+//	pinned    values that waiting replies keep in memory even if others remove them
 //	heavy     a client is heavy if its requests take long (isHeavy in server.go)
 //	round     the time for which workLoop runs requests before it commits and answers
 //	share     how much of workLoop's time a client has had; a client that had much waits for its turn
@@ -82,7 +82,7 @@ const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
 	exitMisuse  = 2 // the command line or the environment is wrong
 
-	stopTime    = 5 * time.Second // for a stop; after that the process ends in any case
+	stopTime    = 5 * time.Second // for a stop; then the process ends, except during a heal (giveUp)
 	connectTime = 5 * time.Second // to connect; also for -c's first answer, and for each answer to -ping
 )
 
@@ -219,11 +219,12 @@ type config struct {
 }
 
 // flags returns a flag set that reads a command line into c, and puts the defaults there. A flag's
-// text, with its default at the end, is in the README, in -h, and in messages about wrong values.
+// text, with its default at the end, is in the README, in messages about wrong values, and for
+// helpFlags in -h.
 //
-// To add a flag, add: its field and default in config, its row in the README, serverFlags or
-// strayFlags if it is not for all, wrongValues in the tests, and what New or applyLimits does with
-// it.
+// To add a flag, add: its field in config, its text and default here, its row in the README,
+// helpFlags if -h shows it, nowFlags if it has no variable, serverFlags or strayFlags if it is not
+// for all, wrongValues in the tests, and what New or applyLimits does with it.
 func (c *config) flags() *flag.FlagSet {
 	f := flag.NewFlagSet("kvserver", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -274,7 +275,7 @@ func (c *config) flags() *flag.FlagSet {
 }
 
 // into returns a function that puts a flag's value into p, once. fits is for a value that parse can
-// read; nil: all fit. An empty value, or one that looks like a flag, was forgotten.
+// read; nil: all fit. If the value is empty, or looks like a flag, somebody has forgotten it.
 func into[T any](p *T, parse func(string) (T, error), fits func(T) bool) func(string) error {
 	isSet := false
 	return func(text string) error {
@@ -1095,7 +1096,7 @@ type talker struct {
 	config
 	conn    net.Conn
 	in      io.Reader      // lines to send, if the command line has no requests
-	out     io.WriteCloser // for data; closed at the end, when some disks first say that they are full
+	out     io.WriteCloser // for data; closed at the end: some disks say only then that they are full
 	errs    io.Writer      // for everything else
 	isTyped bool           // somebody types the input: show each :OK n
 	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and when converse begins

@@ -23,7 +23,7 @@ type Query struct {
 	args [2]string
 
 	queryType queryType
-	kept      bool   // keep was called
+	kept      bool   // keep has cloned the values
 	seconds   uint32 // of an Expire or a Lease, or for which a Take waits; 0: it does not wait
 	client    *Client
 
@@ -172,11 +172,11 @@ const needsKey = "a key, without a colon in it"
 //     durable.Store (otherwise TestDurableHasEveryMethod fails), with its own record in the log
 //     (apply) and its own fileVersion, so that an older program can say that it is too old; and in
 //     plain, so that any KVStore has it;
-//   - a case in the models of the tests: storetest's Model, operations and Request.Do, DrawRequest of
-//     the worlds, and Answer of package protocol (otherwise FuzzConversation fails);
+//   - a case in the models of the tests: storetest's Model, operations and Request.Do, DrawRequest
+//     of the worlds, and Answer of package protocol (otherwise FuzzConversation fails);
 //   - the words that other programs use for it, in dialects; a name has 8 letters at most (pack);
-//   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what n
-//     counts, in the row of -c if it tells, and in the conversations of the tests (otherwise
+//   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what
+//     n counts, in the row of -c if it tells, and in the conversations of the tests (otherwise
 //     TestEveryRequest fails); the conversations test everything else;
 //   - its counter in the list of TestStats.
 var verbs = [queryTypes]verb{

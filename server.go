@@ -175,7 +175,7 @@ type keyValueServer struct {
 	timeIsUp    chan struct{} // closed by workLoop, closeTime after Close: Writes end
 	ended       chan struct{} // closed by workLoop, last: nobody accepts, and no client is left
 	failed      chan error    // from workLoop to the caller of Failed; one slot, for one failure
-	oneCall     chan struct{} // holds one token; the API call that took it owns closed
+	oneCall     chan struct{} // holds one token; the API call that took it owns closeCalled
 
 	// Owned by the API call that holds the token of oneCall.
 	closeCalled bool // Close was called
@@ -701,7 +701,7 @@ func (s *keyValueServer) reject(conn net.Conn) {
 // commits them all at once, then answers. A batch that gathers is left open: the next call goes on
 // with it.
 func (s *keyValueServer) runBatch(q *Query) {
-	// The round begins behind expire, which has its own time limit.
+	// The round begins after expire, which has its own time limit.
 	s.expire()
 	s.round.begin()
 
@@ -1276,7 +1276,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	lines that have  -                            maxEnded buffers of     a line that has begun
 //	ended                                         forInput, for           takes their memory
 //	                                              quietAfter (passOn)
-//	a chain that     the same                     bursts and lines as     if such lines alone are over
+//	a chain that     the same                     bursts and lines as     if such lines alone exceed
 //	waits                                         above; long lines       queues, others' long lines
 //	                                              (waitingText) count     wait; if the sum is over
 //	                                              with replies, too       queues, a client that
@@ -1295,7 +1295,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                                                      or drips, is cut if the
 //	                                                                      data needs their memory
 //	keys to be       16 bytes a key, in parts of  half of queues          the next Keys or Dump
-//	listed           maxList or half of that half                         waits
+//	listed           maxList, or queues/4 if less                         waits
 //	copied keys      all that a Keys lists        half of queues          the Keys keeps its
 //	                                                                      snapshot
 //	snapshots        one: what others change      maxSnapshots; with the  the next Keys or Dump
@@ -1330,7 +1330,7 @@ type budget struct {
 	keyLists     atomic.Int64 // of queued: keys to be listed
 	waitingLines atomic.Int64 // long lines whose replies wait
 	inputs       atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
-	granted      atomic.Int64 // of these, what each client may have in any case (grantedInput)
+	granted      atomic.Int64 // the rest of them: what each client may have (grantedInput)
 	store        atomic.Int64 // store and clients, as workLoop last noted them
 	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
 
@@ -1367,9 +1367,9 @@ func (b *budget) limitTo(memory, queues int64) {
 	b.reserve = min(reserveMin+memory/reserveShare, memory/2)
 }
 
-// collected notes that live bytes were alive at a collection. What clients had then may be free by
-// now, and not counted any more, but it is nothing unknown. (While that goes up and down fast, what
-// is unknown is taken for less than it is.) What is pinned takes memory of the reserve, up to a
+// collected notes that live bytes were alive at a collection. What is neither in the store nor in
+// the most that clients had since the last one is unknown. (While clients' memory goes up and down
+// fast, it is taken for less than it is.) What is pinned takes memory of the reserve, up to a
 // half of it, so that no write is refused for it.
 func (b *budget) collected(live int64) {
 	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
@@ -1489,7 +1489,7 @@ func addUpTo(sum *atomic.Int64, bytes, most int64) bool {
 }
 
 // lacksMemory reports whether there is no memory for q. A write that leaves the store no larger may
-// use half of the reserve: while there is a snapshot it, too, copies memory.
+// use half of the reserve: while there is a snapshot, even such a write copies memory.
 func (s *keyValueServer) lacksMemory(q *Query) bool {
 	s.noteMemory()
 	if s.budget.fits(q.memory(), 0) {
@@ -1617,9 +1617,8 @@ func applyLimits(s *keyValueServer, c config) {
 		files -= s.handshakes
 	}
 
-	// The rest is for clients, as far as there is memory for them. The log says so if it is less
-	// than
-	// -max-clients, or than the default: with little memory that is no reason to worry.
+	// The rest is for clients, as far as there is memory for them. If it is less than -max-clients
+	// (or its default), the log says so: not as a warning if memory is the reason.
 	most, level, why := files, slog.LevelWarn, "the process may not open more files: see ulimit -n"
 	if n := s.budget.clients(s.perClient()); c.maxMemory > 0 && n < most {
 		most, level, why = n, slog.LevelInfo, "-max-memory has no room for more"
@@ -1659,7 +1658,7 @@ func (p *gcPacer) choose() {
 	p.server.budget.collected(live)
 
 	// What is pinned takes the place of garbage. However little is alive, Go lets the heap grow to
-	// 4 MiB times the percentage. So this is about 600 at most: 24 MiB.
+	// 4 MiB times the percentage. So percent is about 600 at most: 24 MiB.
 	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.removed.Load()
 	garbage = max(garbage, garbageMin/4)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
@@ -1910,8 +1909,8 @@ func (s *keyValueServer) requestsRun() (n int) {
 // unixPrefix stands before the path in the address of a unix socket.
 const unixPrefix = "unix:"
 
-// listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks after
-// 15 s of silence, then three times at intervals of 5 s. (If the peer has not confirmed what was
+// listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks three
+// times, after 15, 20 and 25 s of silence. (If the peer has not confirmed what was
 // written to it, the kernel sends that again instead, for minutes.) The host localhost means
 // 127.0.0.1 and ::1, if the machine has both, because many clients try only one of them. localhost
 // is not looked up.
@@ -2263,7 +2262,7 @@ func (s *keyValueServer) watchHandler(host string) http.Handler {
 	return onlyFor(host, mux)
 }
 
-// onlyFor passes only requests on to next whose Host is an address, localhost or host. Otherwise
+// onlyFor passes on to next only requests whose Host is an address, localhost or host. Otherwise
 // somebody could let the name of a web site lead to our address, and a browser would let the site's
 // page read what the server answers (DNS rebinding).
 func onlyFor(host string, next http.Handler) http.Handler {
@@ -2296,7 +2295,7 @@ func oneAtATime(next http.Handler) http.Handler {
 	free <- struct{}{}
 
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Without this FormValue would read a form of up to 32 MiB, and put more into files.
+		// With a body, FormValue would read a form of up to 32 MiB, and put more into files.
 		r.Body = http.NoBody
 		seconds, _ := strconv.ParseFloat(r.FormValue("seconds"), 64)
 		if seconds > profileTime.Seconds() {

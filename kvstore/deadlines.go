@@ -67,7 +67,7 @@ func (d *deadlines) place(e expiry) (chunk, i int) {
 func (d *deadlines) add(e expiry) {
 	chunk, i := d.place(e)
 
-	// The chunk is full. Behind the last expiry of all a new chunk begins, because the next
+	// If the chunk is full: behind the last expiry of all a new chunk begins, because the next
 	// deadlines are usually later still. Any other chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:

@@ -4,7 +4,7 @@
 // Memory is a Store that ends with its process: memory.go (what it does), index.go (how it finds
 // a key), slab.go (how a key and its list lie in memory), large.go (entries that are too large for
 // a slab), deadlines.go (which key expires next) and table.go (arrays that snapshots share). Most
-// of these files begin with a drawing. Other packages build on this one:
+// of these files begin with a drawing. In the directories below are:
 //
 //	durable       a Memory with a log, from which Open restores it
 //	storage       where such a log is kept: a directory of the file system
@@ -123,7 +123,7 @@ type Store interface {
 	Snapshot() Snapshot
 }
 
-// ViewMost is the largest number of bytes that the values of a list that shares memory can have.
+// ViewMost is how many bytes of values a list that shares memory has, at most.
 const ViewMost = ownSize
 
 // Snapshot is what a store held at one moment. Any goroutine may read one while the
@@ -142,7 +142,6 @@ type Snapshot interface {
 
 // StoreOf returns db as a Store: db itself if it is one, nil if it is nil.
 func StoreOf(db KVStore) Store {
-	// plain adds what a mere KVStore lacks.
 	switch store, isStore := db.(Store); {
 	case isStore:
 		return store
@@ -150,6 +149,7 @@ func StoreOf(db KVStore) Store {
 		return nil
 	}
 
+	// plain adds what a mere KVStore lacks.
 	return plain{db}
 }
 

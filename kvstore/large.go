@@ -34,7 +34,7 @@ type longList struct {
 	hashes []uint32 // of the values: a search compares only values whose hash is equal
 	bytes  int64    // of the values, so that Delete need not walk through them
 	gone   int64    // bytes of removed values that the array keeps in memory
-	most   int      // the largest number of values since the array was made: its capacity at least
+	most   int      // the largest number of values since the array was made: it has room for them
 	shared bool     // readers or a snapshot have the array, so what is in it must not change
 	epoch  uint64   // Memory's when this was made: a snapshot taken since has it, too
 }

@@ -21,7 +21,7 @@ type Memory struct {
 	view // what a snapshot copies
 
 	// How many snapshots were taken. Pages, lists and slabs of a lower epoch may be part of a
-	// snapshot: they are copied before a change.
+	// snapshot: pages and lists are copied before a change, and slabs are not reused.
 	epoch  uint64
 	latest weak.Pointer[snapshot] // the last one, if somebody still has it
 

@@ -94,8 +94,8 @@ func (d *Store) noteCompaction(c *compaction) {
 		d.log.Info("compacted the log", "freed", c.replaced-c.bytes, "snapshot", c.bytes)
 	case errStopped:
 	default:
-		d.compactAfter = time.Now().Add(compactTime)
-		d.log.Error("cannot compact the log, it goes on growing; trying again", "in", compactTime,
+		d.compactAfter = time.Now().Add(retryTime)
+		d.log.Error("cannot compact the log, it goes on growing; trying again", "in", retryTime,
 			"error", c.err)
 	}
 }

@@ -362,7 +362,7 @@ func TestNoFilesForNothing(t *testing.T) {
 
 		var number uint64
 		for round := range 10 {
-			<-time.After(compactTime)
+			<-time.After(retryTime)
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
@@ -385,7 +385,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		}
 
 		refuses.Store(false)
-		<-time.After(compactTime)
+		<-time.After(retryTime)
 		d.Commit()
 		d.AwaitCompaction()
 		if disk := d.fullBytes + d.size; disk > 1000 {
@@ -503,7 +503,7 @@ func TestDiskUseIsBounded(t *testing.T) {
 		dir.Mu.Lock()
 		dir.FailAt = 0
 		dir.Mu.Unlock()
-		<-time.After(compactTime)
+		<-time.After(retryTime)
 		commit("after a failure")
 		d.Close()
 	})

@@ -328,7 +328,7 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		number = f.number()
 	}
 
-	// No record is applied by half: all fields have been read by now, except a List's values.
+	// No record is applied in part: all fields have been read by now, except a List's values.
 	if f.bad || number > math.MaxInt64 {
 		return errBadRecord
 	}

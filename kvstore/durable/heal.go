@@ -124,7 +124,7 @@ func (d *Store) lookForFiles() error {
 		c, err = d.mend(c)
 		if err != nil {
 			// The next try comes soon, later ones less often, because everybody waits for each.
-			d.healWait = min(max(2*d.healWait, lookTime, time.Since(began)), compactTime)
+			d.healWait = min(max(2*d.healWait, lookTime, time.Since(began)), retryTime)
 			d.lookAfter = time.Now().Add(d.healWait)
 			d.noHeal = fmt.Errorf("%w: %w", ErrSpoiled, err)
 			d.log.Error("cannot write the data again, so the server's end would lose it: writes are "+

@@ -71,7 +71,7 @@ func TestHealMayFail(t *testing.T) {
 					return
 				}
 
-				<-time.After(compactTime)
+				<-time.After(retryTime)
 				d.Put("later", "more")
 				if err := d.Commit(); err != nil {
 					t.Fatalf("%s, call %d, later: %v", what, n, err)
@@ -675,7 +675,7 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 			dir.Remove("seg-1.log")
 			looks := 2
 			if goesOn {
-				looks = 10 * int(compactTime/lookTime)
+				looks = 10 * int(retryTime/lookTime)
 			}
 			for range looks {
 				<-time.After(lookTime)
@@ -883,7 +883,7 @@ func TestHealOfAnything(t *testing.T) {
 
 			// A heal that has failed is tried again after at most a minute.
 			did := v.setOdds(0)
-			for range compactTime/lookTime + 5 {
+			for range retryTime/lookTime + 5 {
 				<-time.After(lookTime)
 				d.Set("after", "all")
 				commit()

@@ -20,7 +20,7 @@ type layout struct {
 	snapshot uint64   // its number; 0: there is none
 	last     uint64   // the last segment's number; 0: there is none
 	obsolete []string // names of files that the snapshot replaces, and of temporary files
-	shows    string   // name of the file that shows that one is missing; "": none is, or no file does
+	shows    string   // the file that shows that another is missing; "": no such file
 }
 
 // readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
@@ -273,7 +273,7 @@ func (s *files) checkObsolete() error {
 }
 
 // readFile reads the next file, and calls each for its frames. The last file is the newest one, or,
-// if that has no frames, the one before it (checkEnd). After an error, it goes on with the next
+// if that has no frames, the one before it (checkEnd). After an error the next call reads the next
 // file.
 func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {

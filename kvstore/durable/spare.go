@@ -154,7 +154,7 @@ type refusal struct {
 	until time.Time // the end of its time
 }
 
-// roomToFree is Room for a request that frees room. Shortly after a refusal, which last has, a
+// roomToFree is Room for a request that frees room. last is the last refusal: shortly after it, a
 // request that needs as many bytes, or more, is refused without asking the disk, which takes many
 // calls.
 func (d *Store) roomToFree(last *refusal, need, wanted int64) error {

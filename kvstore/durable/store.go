@@ -108,7 +108,7 @@ const (
 	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
 	rotateTime   = time.Second      // before the next try, where no new file could be made
 	roomTime     = time.Second / 10 // before a full disk is asked for room again
-	compactTime  = time.Minute      // before the next try of a compaction, and at most of a heal
+	retryTime    = time.Minute      // until the next try of a compaction; of a heal: at most this
 	lookTime     = time.Second      // between two checks of what others have done to the files
 	readTime     = 2 * time.Second  // for Close to read the current file again
 )
@@ -120,7 +120,7 @@ const (
 //
 // It has two goroutines of its own: a compaction, which writes a snapshot and removes the full
 // files that this replaces, and a timer, which syncs the current file and writes frames that say
-// what is on disk. There is at most one of each at a time. (The lock may have another goroutine.)
+// what is on disk. There is at most one of each at a time. (The lock may have goroutines, too.)
 //
 // Reads are Memory's: no request reads a file after Open.
 type Store struct {
@@ -156,7 +156,7 @@ type Store struct {
 	healWait   time.Duration            // from the last failed heal to the next try
 	noHeal     error                    // why the last heal failed: writes are refused
 	stamps     map[string]storage.Stamp // of our files, except the current one, as we wrote or read them
-	healing    atomic.Bool              // a heal runs; any goroutine may read it
+	healing    atomic.Bool              // a heal runs, or waits; any goroutine may read it
 	awaiting   atomic.Bool              // the owner waits for a compaction; any goroutine may read it
 	toldOthers []string                 // files of others that were logged
 	isBlind    bool                     // the last check of the files failed

@@ -18,7 +18,7 @@ import (
 const LockName = "LOCK"
 
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make another.
-const noticeTime = 2*heldTime + heldTime/2
+const noticeTime = 2*guardTime + guardTime/2
 
 // Lock locks the directory itself, and the file LOCK in it. Nobody can take the directory's own
 // lock away from its holder; LOCK is for people, for older kvservers, and for file systems that do
@@ -51,7 +51,7 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 // lockNamed locks LOCK. If LOCK is missing but STORE is there, somebody has removed LOCK, perhaps
 // while a server has the store open: then lockNamed first gives that server time to make another.
 func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
-	// If somebody removes LOCK while it is tried, none may be made before the server had that time.
+	// This first try makes no LOCK: if it is missing, a server must first have that time.
 	f, err := tryLock(func() (*os.File, error) { return d.lockFile(0) })
 	if !errors.Is(err, fs.ErrNotExist) {
 		return f, err
@@ -152,8 +152,8 @@ type diskLock struct {
 	why   error         // why the lock is lost; may be read once lost is closed
 }
 
-// heldTime is the time between two checks of guard.
-const heldTime = time.Second
+// guardTime is the time between two checks of guard.
+const guardTime = time.Second
 
 // sign makes f, which is locked, the lock's file, and writes the holder's name into it.
 func (l *diskLock) sign(f *os.File) error {
@@ -164,7 +164,7 @@ func (l *diskLock) sign(f *os.File) error {
 	l.file, l.info = f, info
 	l.dir.own(LockName) // the server's user must be able to lock the file, too
 
-	// The text is only for people, so that this fails is no error.
+	// The text is only for people, so it is no error if this fails.
 	err = f.Truncate(0)
 	if err == nil {
 		host, _ := os.Hostname()
@@ -174,11 +174,11 @@ func (l *diskLock) sign(f *os.File) error {
 	return nil
 }
 
-// guard checks every heldTime that the lock is still ours. It runs as a goroutine of its own, and
+// guard checks every guardTime that the lock is still ours. It runs as a goroutine of its own, and
 // ends when the lock is closed or lost.
 func (l *diskLock) guard() {
 	defer close(l.ended)
-	tick := time.NewTicker(heldTime)
+	tick := time.NewTicker(guardTime)
 	defer tick.Stop()
 
 	for {
@@ -200,8 +200,8 @@ func (l *diskLock) guard() {
 
 // Verify checks that the path still leads to the directory, and that the lock is ours: it returns
 // an ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
-// gone. A LOCK that is another file now it replaces only while the directory itself is locked and
-// no process has locked that file.
+// gone. If LOCK is another file now, Verify replaces it only while the directory itself is locked
+// and no process has locked that file.
 func (l *diskLock) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -110,7 +110,7 @@ func TestRemovedLockStillLocks(t *testing.T) {
 		return // nobody can remove a lock
 	}
 	for _, isPlain := range []bool{false, true} {
-		for _, after := range []time.Duration{0, heldTime / 2, heldTime - 1, 3 * heldTime} {
+		for _, after := range []time.Duration{0, guardTime / 2, guardTime - 1, 3 * guardTime} {
 			synctest.Test(t, func(t *testing.T) {
 				path := t.TempDir()
 				os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)

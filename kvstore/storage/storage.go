@@ -43,8 +43,8 @@ type Directory interface {
 	// Sync makes creations, renames and removals durable. It opens no new file descriptor.
 	Sync() error
 	// Lock keeps other processes out of the directory until the lock is closed. While another
-	// process holds the lock, Lock fails with an ErrLocked that names that process, or waits
-	// until ctx is done: each kind of directory does one of these.
+	// process holds the lock, Lock fails with an ErrLocked that names that process (a disk, and
+	// etcd for a command), or waits until it gets the lock or ctx is done (etcd for a server).
 	Lock(ctx context.Context) (Lock, error)
 	// InUse reports whether a process, which may be this one, holds the lock, and describes that
 	// process. It changes nothing.

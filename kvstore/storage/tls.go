@@ -133,7 +133,7 @@ func (k *credentials) rereadFiles(again <-chan os.Signal) {
 // readAgain reads the files of a server's config again. It returns config itself if what is in them
 // is the same: a new file may have the old one's size and time.
 func readAgain(config *tls.Config, cert, key, ca string) (*tls.Config, error) {
-	// A pipe was read once, and again might take for ever: what came from it stays.
+	// A pipe can be read once: to read it again might take for ever. So what came from it stays.
 	if isPipe(cert) || isPipe(key) {
 		cert = ""
 	}

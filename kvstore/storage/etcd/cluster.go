@@ -45,10 +45,10 @@ const (
 	pieceMost  = 1 << 20  // bytes of a piece, packed or not: etcd takes requests of 1.5 MiB
 	pageFirst  = 64 << 10 // bytes of the pieces that one request asks for, at first
 	pageMost   = 3 << 20  // the same at most: gateways before 3.4.17 answer at most 4 MiB
-	keysMost   = 4 << 10  // keys that one request asks for: etcd counts all behind them, too
+	keysMost   = 4 << 10  // keys that one request asks for: each time etcd counts all that follow, too
 	keySize    = 250      // bytes that a key takes in an answer, about
 	replyMost  = 100      // bytes that an error quotes of an answer that is not etcd's
-	filesAhead = 16       // idle connections that are kept to each member
+	idleConns  = 16       // idle connections that are kept to each member
 	dialTime   = time.Second
 )
 
@@ -83,9 +83,9 @@ var (
 	// large, or it took too long. The caller asks for less at a time.
 	errSmaller = errors.New("to be asked for in smaller parts")
 	errSilent  = errors.New("no answer")
-	// errUnlike is returned for a piece that was not put, because etcd has not the piece or the
-	// name that it follows.
-	errUnlike = errors.New("etcd has not what was written before")
+	// errUnlike is returned for a piece that was not put, because etcd does not have the piece or
+	// the name that it follows.
+	errUnlike = errors.New("etcd does not have what was written before")
 )
 
 // cluster sends requests to an etcd cluster. Any goroutine may use it.
@@ -254,7 +254,7 @@ func newCluster(hosts []string, encrypted bool, query url.Values) (*cluster, err
 	c.user, c.password, _ = strings.Cut(os.Getenv("KVSERVER_ETCD_USER"), ":")
 
 	// Keep idle connections, so that few requests have to dial.
-	transport := &http.Transport{MaxIdleConnsPerHost: filesAhead,
+	transport := &http.Transport{MaxIdleConnsPerHost: idleConns,
 		DialContext: (&net.Dialer{Timeout: dialTime}).DialContext}
 	c.http = &http.Client{Transport: transport}
 

@@ -26,7 +26,7 @@ import (
 // directory is a Directory in a cluster. Its address gives a prefix, below which are these keys:
 //
 //	lock        who may write: a holder in JSON, which puts it again every beatTime
-//	step        which change of names was the last
+//	step        the series and number of the last change of names
 //	n/NAME      the id of the file that has this name
 //	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
 //	            size. A value shorter than this size is compressed (DEFLATE)
@@ -45,7 +45,7 @@ type directory struct {
 	opts   Options
 
 	ctx  context.Context // for requests while there is no lock
-	told sync.Once       // the log, that etcd does not answer yet
+	told sync.Once       // for the log line that etcd does not answer yet
 	lock *clusterLock    // set by Lock; nil before
 
 	access  access                // guards what is below
@@ -144,7 +144,7 @@ func Open(ctx context.Context, address string, opts Options) (storage.Directory,
 
 // Sizes has small segments, smaller ones for a small database, and no zeros ahead: etcd would store
 // the zeros. The lock must be held, for the quota to be known.
-func (d *directory) Sizes() (segment, compact int64, reserve int) {
+func (d *directory) Sizes() (segment, compact int64, zeros int) {
 	segment = d.client.share(segmentBytes)
 	return segment, segment, 0
 }
@@ -224,8 +224,8 @@ func (d *directory) get(r keyRange, size int) ([]keyValue, error) {
 	return answer.KVs, err
 }
 
-// each calls do with the keys of the range from from to before end, some at a time, without their
-// values.
+// each calls do with the keys of a range, which begins at from and ends before end: some keys at a
+// time, without their values.
 func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 	for {
 		kvs, err := d.get(keyRange{Key: from, End: end, Limit: keysMost, KeysOnly: true},
@@ -251,8 +251,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		return errors.New("written without the lock")
 	}
 
-	// The lock is lost, perhaps because it is not known whether a change was made. The next change
-	// must not follow: it would have that one's step.
+	// If the lock is lost, perhaps it is not known whether the last change was made. No other may
+	// follow: it would have the same step.
 	if err := context.Cause(d.lock.ctx); err != nil {
 		return err
 	}
@@ -344,7 +344,8 @@ func (d *directory) change(ids map[string]string) error {
 		}
 	}
 
-	// The last name goes together with all pieces: begin takes pieces without any name for damage.
+	// The last name goes together with all pieces: readAll takes pieces without any name for
+	// damage.
 	if len(names) == 0 {
 		ops = append(ops, operation{Delete: d.all("d/")})
 	}
@@ -699,7 +700,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 			return err
 		}
 
-		// A key of that name is only then a lock if kvserver has written it.
+		// A key of that name is a lock only if kvserver has written it.
 		if o, _, err := d.readLock(answer.KVs); err == nil && o.Token != "" {
 			return fmt.Errorf("%w: %s is inside the prefix %s, which is a store", storage.ErrNotOurs,
 				d.name, outer)

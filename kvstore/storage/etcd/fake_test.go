@@ -535,7 +535,7 @@ func (e *fakeEtcd) locked(t testing.TB) (*smallDir, *etcdWire, storage.Lock) {
 // smallDir is a directory whose log files are full soon.
 type smallDir struct{ *directory }
 
-func (d *smallDir) Sizes() (segment, compact int64, reserve int) { return 1500, 2000, 0 }
+func (d *smallDir) Sizes() (segment, compact int64, zeros int) { return 1500, 2000, 0 }
 
 // open opens the store as a new process does that waits for the lock.
 func (e *fakeEtcd) open(t testing.TB) (*durable.Store, *etcdWire) {

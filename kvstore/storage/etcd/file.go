@@ -22,7 +22,7 @@ const (
 	packLeast = 512      // bytes of a piece that is compressed, at least
 	joinLeast = 8        // pieces that are joined, at least
 	joinMost  = 256      // pieces that are joined, at most
-	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: files have few larger ones
+	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: few pieces are larger
 )
 
 // pieceFile is an open file. Its pieces are the writes that made it, in their order. A piece that
@@ -91,7 +91,7 @@ func (f *pieceFile) open() error {
 	return err
 }
 
-// end is the size of the file, with what is not sent yet.
+// length is the size of the file, with what is not sent yet.
 func (f *pieceFile) length() int64 {
 	defer f.access.enter()()
 	return f.size + int64(len(f.buf))
@@ -229,7 +229,7 @@ func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 	return n, err
 }
 
-// fetch returns the bytes of piece i, and keeps some pieces that follow in page. If etcd does not
+// fetch returns the bytes of piece i, and keeps it and some after it in page. If etcd does not
 // have the piece any more, the writer may have joined it with others: then fetch reads the pieces'
 // keys again and returns nil. Otherwise the piece is lost, and fetch returns zeros.
 func (f *pieceFile) fetch(i int) ([]byte, error) {

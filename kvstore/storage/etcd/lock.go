@@ -21,7 +21,7 @@ const (
 	beatTime = time.Second            // between two signs of life in the lock
 	lockTime = 5 * time.Second        // without a sign of life, until the lock may be taken
 	pollTime = 250 * time.Millisecond // between two looks at a lock that another process has
-	// for which a sign of life is valid: a tenth less, because two clocks may run differently
+	// how long a sign of life is valid: a tenth less, because two clocks may run differently
 	freshTime = lockTime - lockTime/10
 	slowTime  = 2 * time.Second // an answer that takes longer leaves too little of lockTime
 )
@@ -94,9 +94,8 @@ func (l *clusterLock) wake() {
 	}
 }
 
-// judge finds out from the lock that etcd has why a comparison has failed, and notes it: somebody
-// has taken the lock, or something of ours is gone. It returns an ErrTakenOver or a
-// storage.ErrGone.
+// judge finds out why a comparison has failed, and notes it. lock is what etcd has now: somebody
+// has taken it, or something of ours is gone. judge returns an ErrTakenOver or a storage.ErrGone.
 func (l *clusterLock) judge(lock []keyValue) error {
 	if len(lock) > 0 && !l.isOursIn(lock) && lock[0].Revision > l.revision.Load() {
 		return l.fail(ErrTakenOver)
@@ -211,7 +210,7 @@ func (w *sight) isFree(token string) bool {
 func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 	l, w := d.newLock(), sight{began: time.Now()}
 	for {
-		// Once etcd has answered, standBy says that it does not any more.
+		// Until etcd has answered once, awaitAnswer says that it does not; later standBy does.
 		before, isTaken, end := w.revision, false, func() bool { return true }
 		if w.answered.IsZero() {
 			end = d.awaitAnswer()
@@ -290,7 +289,7 @@ func (d *directory) hold(l *clusterLock) (storage.Lock, error) {
 	d.opts.Status.Set("opening the data")
 	d.opts.Status.Takeovers.Store(l.owner.Takeovers)
 
-	// Signs of life come first, because begin may take longer than lockTime.
+	// Signs of life come first, because readAll may take longer than lockTime.
 	go l.beat()
 	d.client.findQuota(l.ctx)
 	if err := d.readAll(); err != nil {
@@ -474,7 +473,7 @@ func (l *clusterLock) show(sent time.Time) bool {
 	return false
 }
 
-// Close gives the lock back, unless it is lost: then another server can take it at once.
+// Close gives the lock back, so that another server can take it at once. A lost lock stays lost.
 func (l *clusterLock) Close() error {
 	l.stop()
 	<-l.ended

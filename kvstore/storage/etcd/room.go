@@ -43,15 +43,15 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 	r := &d.client.room
 	quota := r.quota.Load()
 
-	// A quarter of the margin stays even for Deletes: etcd would refuse our signs of life, too.
+	// Even Deletes leave a quarter of the margin: a full etcd would refuse our signs of life, too.
 	margin := min(quota/8, marginMost)
 	left := margin
 	if frees {
 		left = margin / 4
 	}
 
-	// Removes leave more for Deletes: a quarter for what these take beside their bytes, such as a
-	// piece for each until pieces are joined. Half of the margin is enough for nearly all stores.
+	// Removes leave more, for Deletes: the bytes of these, and a quarter of the margin for what they
+	// take beside them, such as a piece each. Half of the margin is enough for nearly all stores.
 	if frees && toDelete > 0 {
 		left += min(margin/4+toDelete, margin/2)
 	}

@@ -67,7 +67,7 @@ type worldDir struct {
 	segment int64
 }
 
-func (d *worldDir) Sizes() (segment, compact int64, reserve int) {
+func (d *worldDir) Sizes() (segment, compact int64, zeros int) {
 	return d.segment, 2 * d.segment, 0
 }
 
