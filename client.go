@@ -65,7 +65,7 @@ const (
 	// memory.
 	lineTime = 30 * time.Second
 
-	// A client that sends more behind its Take, or half-closes, is not read until the Take ends.
+	// A client that sends more after its Take, or half-closes, is not read until the Take ends.
 	// Meanwhile readFromClient checks this often whether the connection is still open.
 	probeTime = time.Second
 
@@ -333,7 +333,7 @@ func (c *Client) readLines() (burst string, err error) {
 // (RFC 8446, 5.1).
 const tlsHandshake = 0x16
 
-// wholeLines takes in n bytes, which Read has put behind the pending ones. It returns the lines
+// wholeLines takes in n bytes, which Read has put after the pending ones. It returns the lines
 // that are complete now. If a line is being skipped and ends among these bytes, the skipping ends.
 //
 // The lines are not copied. They stay in the buffer into which they were read, and the two buffers
@@ -1275,7 +1275,7 @@ func (l *listing) reply() bool {
 }
 
 // nextPart appends to part the first keys after last, in order, up to l.most of them. more reports
-// whether there are others behind them. wanted is false if nobody wants the keys any more.
+// whether there are others after them. wanted is false if nobody wants the keys any more.
 func (l *listing) nextPart(part []string, last string) (keys []string, more, wanted bool) {
 	// A walk and a sort take long, so they need a core.
 	core := &l.client.outbox.core
@@ -1412,7 +1412,7 @@ func (l *listing) mustStop(n int) bool {
 
 // outbox turns replies into messages and queues them for writeToClient. Replies share messages.
 // While maxShared messages wait, the client's next requests wait, too. Once the client is slow, up
-// to maxBufferSize messages may wait, and a message behind the first maxShared holds one reply.
+// to maxBufferSize messages may wait, and a message after the first maxShared holds one reply.
 // Replies beyond that are dropped if they are a Get's or an error and the client has not sent Ack;
 // others wait.
 //
@@ -1540,7 +1540,7 @@ func (o *outbox) measure(chain *Query) (size int) {
 		return 0
 	}
 
-	// An Ack is valid for the requests behind it in the chain.
+	// An Ack is valid for the requests after it in the chain.
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
@@ -1632,7 +1632,7 @@ func (o *outbox) cloneWaiting() {
 	}
 }
 
-// shed gives up those replies behind the one in hand that may be dropped, because others need the
+// shed gives up those replies after the one in hand that may be dropped, because others need the
 // memory that they keep and the client takes nothing. It reports whether the client has sent Ack,
 // perhaps later in the chain.
 func (o *outbox) shed() (acked bool) {
@@ -1931,7 +1931,7 @@ func recycle(msg []byte) {
 // waits for a connection that is gone.
 func (c *Client) writeToClient() {
 	for msg := range c.buffer {
-		// Messages that wait behind it go along, which makes room.
+		// Messages that wait after it go along, which makes room.
 		msg, size := c.coalesce(msg)
 		c.tellRoom()
 
@@ -1964,7 +1964,7 @@ func (c *Client) inTime(end func()) {
 	end()
 }
 
-// coalesce returns msg with the messages that wait behind it, up to a good Write's worth, and how
+// coalesce returns msg with the messages that wait after it, up to a good Write's worth, and how
 // many bytes they all are in budget.queued. Half of the memory for queues is left for replies.
 func (c *Client) coalesce(msg []byte) (all []byte, size int64) {
 	size = int64(cap(msg))

@@ -1262,7 +1262,7 @@ func (t *talker) greet() error {
 }
 
 // Read reads from the connection. It fails with errQuiet if an owed answer does not come, or if the
-// server does not close the connection behind the last answer.
+// server does not close the connection after the last answer.
 func (t *talker) Read(p []byte) (n int, err error) {
 	// The sender puts something into owed or sent before it sets a deadline. We take the deadline
 	// away before we look at both. So there is a deadline whenever one of them has something.

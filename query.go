@@ -18,7 +18,7 @@ import (
 type Query struct {
 	key string // also: the address of a failed TLS handshake
 
-	// The arguments behind the key: value and newValue. A Get, a Take and a pair have none, so up
+	// The arguments after the key: value and newValue. A Get, a Take and a pair have none, so up
 	// to two values of their result are made in this place.
 	args [2]string
 
@@ -40,7 +40,7 @@ type Query struct {
 	*special // nil for most requests
 }
 
-// value is the argument behind the key, or the old one of two. It is also a Keys' prefix, a Ping's
+// value is the argument after the key, or the old one of two. It is also a Keys' prefix, a Ping's
 // token, or an error.
 func (q *Query) value() string { return q.args[0] }
 
@@ -106,7 +106,7 @@ type verb struct {
 	name, form, needs string // needs completes "Put needs ..."
 	does              string // the verb's line in Help
 
-	// parse takes the arguments from the text behind the verb's colon, and reports whether they are
+	// parse takes the arguments from the text after the verb's colon, and reports whether they are
 	// right. nil: the verb takes no arguments.
 	parse func(q *Query, arguments string) bool
 

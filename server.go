@@ -383,7 +383,7 @@ func (s *keyValueServer) ask(what queryType) int {
 // the server answers no request. The caller must Close it.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server. Requests that were read are run, except those behind a Keys or Dump that
+// Close ends the server. Requests that were read are run, except those after a Keys or Dump that
 // is broken off, and their replies are flushed to clients that take them within closeTime. It
 // returns when no goroutine uses a client or the store any more: the store is the caller's again.
 func (s *keyValueServer) Close() {
@@ -772,7 +772,7 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case countDropped:
 		s.countActive <- s.departed
 
-	// countAll also asks for /healthz whether the server is well, so it is answered behind a
+	// countAll also asks for /healthz whether the server is well, so it is answered after a
 	// Commit: while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
@@ -1288,7 +1288,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	                                                                      maxShared messages that
 //	                                                                      has begun waits
 //	lists that wait  16 bytes a value of maxChain counted in queues       as with replies, also
-//	                 Gets                         while they wait         behind a reply that may not
+//	                 Gets                         while they wait         after a reply that may not
 //	                                                                      be dropped (shed)
 //	their values     those that others removed    half of the reserve     the rest counts as data; a
 //	                                                                      client that takes nothing,
@@ -1301,7 +1301,7 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	snapshots        one: what others change      maxSnapshots; with the  the next Keys or Dump
 //	                                              values of lists         waits; a client that takes
 //	                                                                      nothing, or drips, is cut
-//	a Take that      1 KiB, and its key; behind   long keys count as      it does not wait; the rest
+//	a Take that      1 KiB, and its key; after    long keys count as      it does not wait; the rest
 //	waits            a half-close 3 KiB           lines                   counts as data
 //	                                                                      (memoryPerClient)
 //	goroutines       three, and Client            memoryPerClient each,   one more client is told

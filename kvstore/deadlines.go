@@ -41,7 +41,7 @@ func (d *deadlines) place(e expiry) (chunk, i int) {
 		return 0, 0
 	}
 
-	// The last chunk that does not begin behind e, or the first.
+	// The last chunk that does not begin after e, or the first.
 	for low, high := 1, len(d.chunks); low < high; {
 		if middle := (low + high) / 2; e.before(d.chunks[middle][0]) {
 			high = middle
@@ -67,7 +67,7 @@ func (d *deadlines) place(e expiry) (chunk, i int) {
 func (d *deadlines) add(e expiry) {
 	chunk, i := d.place(e)
 
-	// If the chunk is full: behind the last expiry of all a new chunk begins, because the next
+	// If the chunk is full: after the last expiry of all a new chunk begins, because the next
 	// deadlines are usually later still. Any other chunk is split.
 	switch {
 	case len(d.chunks) == 0 || i == chunkMost && chunk == len(d.chunks)-1:

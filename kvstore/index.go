@@ -38,7 +38,7 @@ type page struct {
 // home returns where the search for a slot's key begins.
 func home(slot uint64) int { return int(slot >> addrBits * pageSlots >> tagBits) }
 
-// next returns the slot behind i; the page is a ring.
+// next returns the slot after i; the page is a ring.
 func next(i int) int {
 	if i++; i < pageSlots {
 		return i
@@ -59,7 +59,7 @@ func (p *page) insert(slot uint64) {
 // remove empties slot i, and closes the gap so that no search ends there too early: a later slot
 // moves into the gap unless it would then lie before its home (Knuth, TAOCP 3, 6.4, R).
 func (p *page) remove(i int) {
-	// i is the gap, and j goes through the slots behind it.
+	// i is the gap, and j goes through the slots after it.
 	for j := next(i); p.slots[j] != 0; j = next(j) {
 		// How far j is behind its home and behind the gap: the page is a ring.
 		fromHome, fromGap := j-home(p.slots[j]), j-i

@@ -128,7 +128,7 @@ func (m *Memory) append(l *longList, value string) {
 		m.copied(l)
 	}
 
-	// Readers and snapshots see nothing behind the old end, so even a shared array can be extended.
+	// Readers and snapshots see nothing after the old end, so even a shared array can be extended.
 	l.values = append(l.values, strings.Clone(value))
 	l.hashes = append(l.hashes, m.hash(value))
 	l.most = max(l.most, len(l.values))

@@ -14,7 +14,7 @@ import (
 //	| length | key | n + expires | deadline | n lengths ...      a short list with a deadline
 //	| length | key | 0 |                             a long list: its values are elsewhere
 //
-// All numbers are uvarints, except n, which is one byte. Entries lie in slabs, one behind the
+// All numbers are uvarints, except n, which is one byte. Entries lie in slabs, one after the
 // other, and an address is a slab's number and an offset in it. An entry that is too large for
 // that has memory of its own (large.go).
 type entry []byte
@@ -83,7 +83,7 @@ func (v *view) entry(slot uint64) entry {
 	return (*v.slabs.at(int(slot & addrMask >> slabBits)))[slot&(slabSize-1):]
 }
 
-// parts returns an entry's key, and the bytes behind the key.
+// parts returns an entry's key, and the bytes after the key.
 func (e entry) parts() (key, rest []byte) {
 	// A length below 128 is one byte, and is read without a call.
 	n, i := uint64(e[0]), 1
@@ -127,7 +127,7 @@ func (e entry) values(dst []string) []string {
 		return append(dst, viewOf(rest[2:2+rest[1]]))
 	}
 
-	// The values begin behind the last of their lengths.
+	// The values begin after the last of their lengths.
 	n, _, lengths := e.head()
 	values := lengths
 	for range n {

@@ -140,7 +140,7 @@ func (c *compaction) isDone() bool { return c.written.ID != nil }
 // newCompaction returns a compaction of all full files. The current file must be empty: then the
 // full ones make what Memory holds.
 func (d *Store) newCompaction() *compaction {
-	// The current file begins with the first frame behind the snapshot.
+	// The current file begins with the first frame after the snapshot.
 	h := d.current.header
 	return &compaction{dir: d.dir, store: d.Snapshot(), replaced: d.fullBytes, stop: d.stop,
 		header: fileHeader{kind: kindSnapshot, id: h.id, number: h.number - 1, first: h.first}}

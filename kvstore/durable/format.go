@@ -484,7 +484,7 @@ func extendLog(d storage.Directory, h fileHeader, stamp storage.Stamp, end int64
 	return w, nil
 }
 
-// append writes one frame, and if the file must grow for it, this many zeros behind it.
+// append writes one frame, and if the file must grow for it, this many zeros after it.
 func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.buf = appendFrame(w.buf[:0], w.seed, f, payload)
 
@@ -519,13 +519,13 @@ func (w *logWriter) write(b []byte) error {
 	return w.named("write", err)
 }
 
-// zeros returns how many bytes of zeros there are behind the last frame.
+// zeros returns how many bytes of zeros there are after the last frame.
 func (w *logWriter) zeros() int64 { return w.fileSize - w.size }
 
 // leastZeros is the smallest number of zeros, in bytes, that writeZeros tries on a full disk.
 const leastZeros = 512
 
-// writeZeros writes zeros until there are this many bytes of them behind the last frame. What it
+// writeZeros writes zeros until there are this many bytes of them after the last frame. What it
 // could write before an error stays.
 func (w *logWriter) writeZeros(bytes int64) error {
 	if bytes <= w.zeros() {
@@ -601,7 +601,7 @@ func (w *logWriter) lastStamp() (stamp storage.Stamp, err error) {
 	return stamp, err
 }
 
-// trim cuts off the room behind the last frame, durably.
+// trim cuts off the room after the last frame, durably.
 func (w *logWriter) trim() error {
 	if w.zeros() == 0 {
 		return nil

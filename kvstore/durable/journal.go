@@ -83,7 +83,7 @@ func (j *journal) addFrame(kind uint32, payload []byte, count uint32) {
 		return
 	}
 
-	// A frame without records may be the last one for long, so it gets no zeros behind it.
+	// A frame without records may be the last one for long, so it gets no zeros after it.
 	zeros := j.zerosAhead
 	if kind != frameRecords {
 		zeros = 0
@@ -192,7 +192,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	return old, nil
 }
 
-// nextSegment makes the segment behind the current one, after it has made room in the current one
+// nextSegment makes the segment after the current one, after it has made room in the current one
 // for the frame that says that another follows. After an error there is no new segment, or an empty
 // one, which the next start removes as what an unfinished rotation leaves.
 func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {

@@ -15,7 +15,7 @@ import (
 	"kvserver/kvstore/storage"
 )
 
-// layout says which of a store's log files count: the newest snapshot, and all segments behind it.
+// layout says which of a store's log files count: the newest snapshot, and all segments after it.
 type layout struct {
 	snapshot uint64   // its number; 0: there is none
 	last     uint64   // the last segment's number; 0: there is none
@@ -24,7 +24,7 @@ type layout struct {
 }
 
 // readLayout sorts the directory's names. It returns a *storage.DamageError if a segment is
-// missing: segments have consecutive numbers, and a store has at least one behind its snapshot.
+// missing: segments have consecutive numbers, and a store has at least one after its snapshot.
 func readLayout(dir storage.Directory) (l layout, err error) {
 	names, err := dir.List()
 	if err != nil {
@@ -291,7 +291,7 @@ func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error)
 		return end, err
 	}
 
-	// How it may end depends on the files behind it.
+	// How it may end depends on the files after it.
 	err = s.checkEnd(end)
 	if err != nil {
 		return end, err
@@ -333,7 +333,7 @@ func (s *files) checkEnd(end logEnd) error {
 	}
 
 	// If this file is damaged itself, as in a copy for which the disk had no room, an empty file
-	// behind it may be the store's own. Without that file a start would take the damage for a torn
+	// after it may be the store's own. Without that file a start would take the damage for a torn
 	// end.
 	at.What = "the frame that says that another file follows is missing"
 	next := s.logs[s.at]
@@ -391,7 +391,7 @@ func (d *Store) load(ctx context.Context) error {
 		return err
 	}
 
-	// Only now, because a load that refuses changes nothing. A file behind the last of ends comes
+	// Only now, because a load that refuses changes nothing. A file after the last of ends comes
 	// from a broken-off rotation.
 	err = d.removeAll(append(s.obsolete, s.names()[len(ends):]...))
 	if err != nil || !ends[len(ends)-1].header.isOld {
@@ -517,7 +517,7 @@ func (d *Store) resume(ends []logEnd) error {
 // reopen opens a segment to go on writing at its end. It rewrites in place the frames that no later
 // frame calls synced. After a failed fsync the kernel may serve data from memory that is
 // not on disk, and take it for written (Rebello et al., "Can Applications Recover from fsync
-// Failures?", 2020), but data that is written again it has to write. The bytes behind the frames
+// Failures?", 2020), but data that is written again it has to write. The bytes after the frames
 // are cleared, even if they read as zeros, because an earlier start may have cleared them only in
 // the kernel's memory. A crash in reopen leaves the same frames, and any part of the cleared bytes.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
@@ -526,7 +526,7 @@ func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 		return w, err
 	}
 
-	// fileSize is end.offset, so writeZeros writes zeros over everything behind the frames.
+	// fileSize is end.offset, so writeZeros writes zeros over everything after the frames.
 	frames := io.NewSectionReader(w.f, end.doubt, end.offset-end.doubt)
 	_, err = io.Copy(io.NewOffsetWriter(w.f, end.doubt), frames)
 	if err == nil {

@@ -197,7 +197,7 @@ func (s *salvage) findFrames(l *logReader) (*foundFile, error) {
 		}
 
 		// A start takes a bad frame for a torn one unless a later frame calls it synced, and cuts
-		// off what follows. Repair keeps each whole frame: so a bad place with one behind it is
+		// off what follows. Repair keeps each whole frame: so a bad place with one after it is
 		// damage.
 		end.bad = damage
 		more, err := l.skip()
@@ -245,7 +245,7 @@ func (s *salvage) accept(l *logReader) (isOurs bool) {
 	return true
 }
 
-// sayBad reports what is behind end. If there is more, that goes up to the offset of l, where the
+// sayBad reports what is after end. If there is more, that goes up to the offset of l, where the
 // next whole frame is.
 func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 	switch {
@@ -254,13 +254,13 @@ func (s *salvage) sayBad(l *logReader, end logEnd, more bool) {
 	case more:
 		s.sayDamaged("bytes %d to %d of %s", end.offset, l.offset, l.path)
 	case end.tail == damaged, end.tail == torn && l.header.kind == kindSnapshot:
-		s.sayDamaged("%s: behind %d bytes there is no whole frame", l.path, end.offset)
+		s.sayDamaged("%s: after %d bytes there is no whole frame", l.path, end.offset)
 	case end.tail == torn: // as a crash leaves it
-		s.report.say("torn    %s: behind %d bytes there is no whole frame", l.path, end.offset)
+		s.report.say("torn    %s: after %d bytes there is no whole frame", l.path, end.offset)
 	}
 }
 
-// restore makes m of the best snapshot and the frames behind it.
+// restore makes m of the best snapshot and the frames after it.
 func (s *salvage) restore() error {
 	frames := s.inOrder()
 	base := s.base(frames)
@@ -324,7 +324,7 @@ func isUnbroken(frames []foundFrame, first uint64) bool {
 
 // base returns the snapshot to begin with, the first that there is of these:
 //
-//   - the newest in which no frame is missing, and none behind it; or an empty one, if no frame is
+//   - the newest in which no frame is missing, and none after it; or an empty one, if no frame is
 //     missing from the first on;
 //   - the newest that has its end;
 //   - the newest that has frames.
@@ -357,7 +357,7 @@ func (s *salvage) base(frames []foundFrame) *foundFile {
 }
 
 // firstBehind returns the sequence of the first frame that a snapshot does not replace. If its own
-// header cannot be read, the segments behind it say that: then hasGap reports whether there may
+// header cannot be read, the segments after it say that: then hasGap reports whether there may
 // have been frames before that one.
 func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first uint64,
 	hasGap bool) {
@@ -371,7 +371,7 @@ func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first u
 		first = frames[n-1].sequence + 1
 	}
 
-	// The newest segment comes first, so the last one here is the one right behind the snapshot,
+	// The newest segment comes first, so the last one here is the one right after the snapshot,
 	// and that one decides, if it can.
 	for _, file := range s.segments {
 		if file.header.number > snapshot.header.number && file.header.first > 0 {
@@ -383,7 +383,7 @@ func (s *salvage) firstBehind(snapshot *foundFile, frames []foundFrame) (first u
 	return first, hasGap
 }
 
-// applyAll applies frames, the first of which should be next, and returns the sequence behind the
+// applyAll applies frames, the first of which should be next, and returns the sequence after the
 // last one.
 func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 	var last foundFrame
@@ -418,7 +418,7 @@ func (s *salvage) applyAll(frames []foundFrame, next uint64) (uint64, error) {
 	return next, nil
 }
 
-// sayLostEnd reports what may be lost behind the last frame.
+// sayLostEnd reports what may be lost after the last frame.
 func (s *salvage) sayLostEnd(base *foundFile) {
 	// The newest segment that can be read at least in part.
 	newest := base
@@ -443,7 +443,7 @@ func (s *salvage) sayLostBehind(file *foundFile) {
 	s.sayLost("what came after %s: the next file is missing, or cannot be read", file.path)
 }
 
-// write writes what was saved to out: a snapshot, an empty segment behind it, and STORE. STORE
+// write writes what was saved to out: a snapshot, an empty segment after it, and STORE. STORE
 // comes last, so that an unfinished copy is no store.
 func (s *salvage) write(out storage.Directory) error {
 	// The new store gets an id of its own, so that files of the damaged one cannot get into it.
@@ -457,7 +457,7 @@ func (s *salvage) write(out storage.Directory) error {
 		return err
 	}
 
-	// A store has at least one segment behind its snapshot.
+	// A store has at least one segment after its snapshot.
 	segment := fileHeader{kind: kindSegment, id: s.id, number: 2, first: s.next}
 	_, err = createLog(out, segment, nil)
 	if err != nil {

@@ -59,7 +59,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 		return nil, err
 	}
 
-	// Repair reads the frames behind a damaged header.
+	// Repair reads the frames after a damaged header.
 	h, err := decodeHeader(b[:n])
 	switch {
 	case errors.Is(err, ErrNewer), errors.Is(err, ErrOlder):
@@ -100,7 +100,7 @@ func (l *logReader) close() {
 func (l *logReader) beginBehind(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
-		l.next = 1 // frames of a snapshot have their own sequence; first is that of the log behind it
+		l.next = 1 // frames of a snapshot have their own sequence; first is that of the log after it
 	}
 }
 
@@ -249,7 +249,7 @@ func (l *logReader) padded(f frame) []byte {
 }
 
 // readError returns err, or damage if err says that the file became shorter meanwhile: a process
-// that has the store open cuts off the room behind the last frame of a full file.
+// that has the store open cuts off the room after the last frame of a full file.
 func (l *logReader) readError(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return l.damageHere("the file became shorter meanwhile")
@@ -257,7 +257,7 @@ func (l *logReader) readError(err error) error {
 	return err
 }
 
-// search looks behind the good part of the file, at every place where a frame can begin, for a head
+// search looks, after the good part of the file, at every place where a frame can begin, for a head
 // that isIt accepts, and returns its offset; 0: there is none. bytes is how many bytes lie before
 // it, up to the last one that is not zero. search updates size if the file has another size by now.
 func (l *logReader) search(isIt func(f frame, at int64) (bool, error)) (at, bytes int64, err error) {
@@ -317,7 +317,7 @@ func (l *logReader) skip() (found bool, err error) {
 	return true, nil
 }
 
-// tail says what is behind the last good frame of a log file.
+// tail says what is after the last good frame of a log file.
 type tail int
 
 const (
@@ -337,7 +337,7 @@ type logEnd struct {
 	doubt  int64         // offset of the first good frame that no later one calls synced
 
 	size  int64 // of the file
-	tail  tail  // what is behind offset
+	tail  tail  // what is after offset
 	bytes int64 // of a torn tail, up to its last byte that is not zero
 	bad   error // why the tail is not part of the log; nil: there is none
 }
@@ -435,14 +435,14 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		end.frames++
 		end.last = f.kind
 
-		// The frame that f calls synced is on disk. Only the frames behind it, up to f, may not be.
+		// The frame that f calls synced is on disk. Only the frames after it, up to f, may not be.
 		l.doubts = append(l.doubts, end.offset)
 		left := int(min(f.sequence-min(f.synced, f.sequence), uint64(len(l.doubts))))
 		l.doubts = slices.Delete(l.doubts, 0, len(l.doubts)-left)
 	}
 }
 
-// judgeTail decides what the bytes behind the good part of the file are. They begin with damage.
+// judgeTail decides what the bytes after the good part of the file are. They begin with damage.
 func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	// A later head that says that the bad frame was on disk is enough; its payload need not be
 	// whole.
@@ -456,7 +456,7 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 
 	// A commit that was never whole on disk was never answered. But a frame that a later one calls
 	// synced was on disk, and so was all of a file that says that another follows. Zeros are no
-	// bytes here, but room: a rotation that was killed leaves them even behind a file's last frame.
+	// bytes here, but room: a rotation that was killed leaves them even after a file's last frame.
 	switch {
 	case later > 0, bytes > 0 && end.isLast():
 		end.tail, end.bad = damaged, damage

@@ -554,7 +554,7 @@ func (d *Store) commit() error {
 }
 
 // rotate goes on in a new file, or stays in the old one if no new file can be made. After an error
-// the store has failed: the old file may end with a frame behind which none may follow.
+// the store has failed: the old file may end with a frame after which none may follow.
 func (d *Store) rotate() (isNew bool, err error) {
 	// Missing files are no reason to stop: a heal begins with a rotation.
 	err = d.lock.Held()

@@ -38,7 +38,7 @@ type pieceFile struct {
 	extent
 
 	// For writing.
-	buf    []byte // bytes that were written behind the last piece, and are not sent yet
+	buf    []byte // bytes that were written after the last piece, and are not sent yet
 	tail   []byte // the bytes of the last, small pieces
 	tails  int    // how many pieces tail holds
 	before []byte // the key of the piece before them; nil: there is none
@@ -113,7 +113,7 @@ func (f *pieceFile) findPieces() error {
 					What: fmt.Sprintf("etcd has the key %q, which is none of ours", kv.Key)}
 			}
 
-			// If a piece begins behind the end, one before it is missing.
+			// If a piece begins after the end, one before it is missing.
 			f.hasGap = f.hasGap || p.start > f.size
 			f.lay(p)
 		}
@@ -140,7 +140,7 @@ func (f *pieceFile) reread() (changed bool, err error) {
 func (f *pieceFile) lay(p piece) {
 	p.to = p.start + p.size
 
-	// The piece in which the new one starts is cut off there. Those behind it are dropped.
+	// The piece in which the new one starts is cut off there. Those after it are dropped.
 	i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > p.start })
 	if i < len(f.pieces) && f.pieces[i].start < p.start {
 		f.pieces[i].to = p.start
@@ -196,7 +196,7 @@ func (f *pieceFile) ReadAt(b []byte, offset int64) (n int, err error) {
 // read is ReadAt of the pieces that are known. The caller has access.
 func (f *pieceFile) read(b []byte, offset int64) (n int, err error) {
 	for n < len(b) && offset < f.size {
-		// Find the first piece that ends behind offset. It may begin behind offset: then there is
+		// Find the first piece that ends after offset. It may begin after offset: then there is
 		// a gap, which reads as zeros.
 		i := sort.Search(len(f.pieces), func(i int) bool { return f.pieces[i].to > offset })
 		part, next := b[n:], f.size
@@ -428,7 +428,7 @@ func (f *pieceFile) put() (n int, err error) {
 	f.d.client.tookPiece(len(packed), time.Since(began))
 
 	// After small pieces were joined, or if with this one they are too large for that, the next
-	// pieces that may be joined begin behind this one.
+	// pieces that may be joined begin after this one.
 	switch {
 	case joins:
 		f.keys -= f.tails
@@ -479,7 +479,7 @@ func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
 	return nil
 }
 
-// cut makes the file end at size, which is not behind its end.
+// cut makes the file end at size, which is not after its end.
 func (f *pieceFile) cut(size int64) error {
 	if size > f.size {
 		return errors.New("a file in etcd grows only by what is written")
@@ -494,7 +494,7 @@ func (f *pieceFile) cut(size int64) error {
 		return f.unlessGone(err)
 	}
 
-	// Join only pieces behind the cut: the one before it may have lost its end.
+	// Join only pieces after the cut: the one before it may have lost its end.
 	f.tail, f.tails, f.before = nil, 0, f.last
 	return nil
 }

@@ -270,7 +270,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		stage = "there is no lock, and who had it may live still"
 	}
 
-	// The log is told of each reason once, without its duration, which comes behind a comma.
+	// The log is told of each reason once, without its duration, which comes after a comma.
 	d.opts.Status.Set("standby: " + stage)
 	if what, _, _ := strings.Cut(stage, ","); what != w.told {
 		w.told = what
