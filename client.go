@@ -452,8 +452,8 @@ func (c *Client) parse(burst string) (chain *Query, rest string) {
 	return &in.queries[0], burst
 }
 
-// endIfForeign ends the connection if its first line, of which q was made, is no wrong request but
-// another protocol's.
+// endIfForeign ends the connection if its first line, of which q was made, seems to be another
+// protocol's, and not just a wrong request.
 func (c *Client) endIfForeign(q *Query, line string, isLong bool) {
 	switch {
 	case isLong && begun(line) != malformed: // a request that is too long
@@ -762,8 +762,8 @@ func (c *Client) acquireInput(size, queries int, most int64) bool {
 	return true
 }
 
-// acquireForLine is acquireInput for the begun line. Rather than new memory, the line gets another
-// one's buffer, if that has ended.
+// acquireForLine is acquireInput for the begun line. Rather than new memory, the line gets the
+// buffer of a line that has ended, if there is one.
 func (c *Client) acquireForLine(size int) bool {
 	b := &c.server.budget
 	for {
@@ -820,9 +820,9 @@ func (c *Client) takeOver(ended endedLine, size int) bool {
 	return true
 }
 
-// giveUpEnded gives up the buffer of one line, if that ended no less than least ago. Each client
-// calls it when it becomes quiet and when it goes, so there are no more such buffers than clients
-// that use them; a busy client calls it at each tick, with quietAfter.
+// giveUpEnded gives up the buffer of one ended line, if the time since its end is least or more.
+// Each client calls it when it becomes quiet and when it goes, so there are no more such buffers
+// than clients that use them; a busy client calls it at each tick, with quietAfter.
 func (b *budget) giveUpEnded(least time.Duration) {
 	select {
 	case ended := <-b.ended:
@@ -904,8 +904,8 @@ func (c *Client) awaitLineMemory(size int) bool {
 // mayHaveSlot reports whether the begun line may have a slot of anyLine or freeing now. A request
 // that frees makes memory for all others, so freeing is for these alone. Lines that had a slot may
 // keep their memory for long after their ends, because a Commit lasts, a Keys waits for its turn,
-// or nobody reads replies: so they have a limit. Together they may have all shares and one maxLine
-// more, so that a single line is never refused.
+// or nobody reads replies: so they have a limit. All input and waiting lines together may have the
+// shares of input and of queues, and one maxLine more, so that a single line is never refused.
 func (c *Client) mayHaveSlot(of *semaphore) bool {
 	b := &c.server.budget
 	switch {
@@ -1898,8 +1898,8 @@ var (
 )
 
 // newMessage returns an empty message with room for unformatted, or for piece if that is less. If
-// the client keeps up, or if the message fills one of large, it borrows memory of a fixed size
-// (chunks, large). Any other message takes no more memory than it needs.
+// the message fills one of large, or if the client keeps up and not much would lie idle, it borrows
+// memory of a fixed size (chunks, large). Any other message takes no more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.unformatted, o.piece)
 

@@ -140,7 +140,7 @@ var errTold = errors.New("it was reported")
 func problem(what, todo string) error { return storage.NewError(what, todo) }
 
 // tell writes to w what is wrong and what to do: two lines of text, or one line of JSON where a
-// server is to log in JSON. It returns errTold; but nil, and what was told before, as they are.
+// server is to log in JSON. It returns errTold; nil if err is nil. An errTold was told already.
 func (c *config) tell(w io.Writer, err error) error {
 	if err == nil || errors.Is(err, errTold) {
 		return err
@@ -399,8 +399,8 @@ func suggest(prefix, name string, names []string) string {
 	return seeHelp
 }
 
-// flagProblem returns an error of flags.Parse, whose last word with a hyphen is the flag, with what
-// to do about it.
+// flagProblem returns err, of flags.Parse, with what to do about it. The last word of err that
+// begins with a hyphen is the flag.
 func flagProblem(flags *flag.FlagSet, err error) error {
 	name, _, _ := strings.Cut(err.Error()[strings.LastIndex(err.Error(), " -")+2:], ":")
 	if f := flags.Lookup(name); f != nil { // its value is wrong, or missing
@@ -427,7 +427,7 @@ var (
 		"restore": "A copy is a data directory: give it to -data, as kvserver help backup says."}
 )
 
-const leaveOut = "Leave it out: kvserver alone serves."
+const leaveOut = "Leave it out: without a command kvserver serves."
 
 // checkRequests returns what is wrong with the arguments after the flags, or nil.
 func (c config) checkRequests() error {
@@ -615,8 +615,8 @@ func (l *queuedLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// writeLog writes the queued lines to w, and says how many were lost, by log, which writes to w
-// directly. It is one goroutine per log, ends with the process, and may wait for w for ever.
+// writeLog writes the queued lines to w. With log, which writes to w directly, it says how many
+// were lost. It is one goroutine per log, ends with the process, and may wait for w for ever.
 func (l *queuedLog) writeLog(w io.Writer, log *slog.Logger) {
 	told := int64(0) // how many lost lines the log has mentioned
 	for line := range l.lines {
@@ -851,7 +851,8 @@ func tellStart(c config, s *keyValueServer, listeners []net.Listener) {
 	}
 }
 
-// stop closes s, and then data. It logs failure, or the error of closing data, and returns errTold.
+// stop closes s, and then data. It logs failure, or the error of closing data, and then returns
+// errTold; nil: there was neither.
 func stop(c config, log *queuedLog, s *keyValueServer, data *durable.Store, failure error) error {
 	tell := func(err error) {
 		p := storage.Advise(c.data, err, tryAgain)

@@ -32,8 +32,8 @@ type Query struct {
 	bytes  int      // of all values together
 	n      int      // what was done, as in ":OK n"
 
-	// A burst of requests travels as one chain, for the price of one send: the channel carries its
-	// head, and next links the rest.
+	// The requests of a burst travel as one chain or a few, each for the price of one send: the
+	// channel carries the chain's head, and next links the rest.
 	next *Query
 	size int // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
 
@@ -214,14 +214,14 @@ var verbs = [queryTypes]verb{
 
 	swap: {name: "Swap", form: "Swap:key:old:new",
 		needs: "a key, an old and a new value, none with a colon in it",
-		does:  "Update if old is there; after Ack :OK 1, else :OK 0",
+		does:  "Update if old is there (after Ack: :OK 1 if so, :OK 0 if not)",
 		parse: parseKeyOldNew, effect: replaces, searches: true, shrinks: swapShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			q.n = times(db.Has(q.key, q.value()) && db.Update(q.key, q.value(), q.newValue()))
 		}},
 
 	add: {name: "Add", form: "Add:key:value", needs: "a key and a value",
-		does:  "Put if the key has no value; after Ack :OK 1, else :OK 0",
+		does:  "Put if the key has no value (after Ack: :OK 1 if so, :OK 0 if not)",
 		parse: parseKeyValue, effect: adds, shrinks: addShrinks, tells: true,
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			if db.Count(q.key) == 0 {
@@ -345,7 +345,7 @@ func (q *Query) parse(line string) {
 		return
 	}
 
-	// A key with a colon in it is the usual mistake. A Put of it wrote to a shorter key: say which.
+	// A key with a colon in it is the usual mistake. A Put with it wrote to another key: say which.
 	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
 	key, _, more := strings.Cut(arguments, ":")
 	if more && key != "" && v.needs == needsKey {

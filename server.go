@@ -109,7 +109,7 @@ const (
 	// back at once. They must have shrunk by a quarter, too (freeMemory).
 	giveBackMin = 16 << 20
 
-	closeTime = time.Second // for a client to take its last replies after Close
+	closeTime = time.Second // for last replies after Close; in reject and inTime for last words
 
 	// How long acceptClient waits after Accept has failed: twice as long each time.
 	minAcceptWait = 5 * time.Millisecond
@@ -197,7 +197,7 @@ type keyValueServer struct {
 	batch            []*Query      // chains that have run and wait for Commit
 	gathering        gathering     // for which clients the batch waits before its Commit
 	turns            turnQueue     // clients that wait for their turn
-	floor            time.Duration // the highest spent of a client whose turn came: what each has had
+	floor            time.Duration // highest spent of a client whose turn came: what the others had
 	takes            takeQueues    // Takes that wait for a value
 	round            round
 	rejecting        int              // rejected connections that still have a writeToClient
@@ -479,8 +479,8 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	})
 }
 
-// shakeHands does the TLS handshake with guest and hands the connection over to workLoop. It runs
-// as one goroutine for each new connection, for at most handshakeTime, so that a silent connection
+// shakeHands does the TLS handshake with guest, for at most handshakeTime, and hands the connection
+// over to workLoop. It runs as one goroutine for each new connection, so that a silent connection
 // delays nobody. The connection is not counted as a client yet.
 func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
@@ -772,8 +772,8 @@ func (s *keyValueServer) dispatch(q *Query) {
 	case countDropped:
 		s.countActive <- s.departed
 
-	// countAll also asks for /healthz whether the server is well, so it is answered after a
-	// Commit: while the disk hangs there must be no answer.
+	// /healthz uses countAll, too, to learn whether the server is well. So it is answered after
+	// a Commit: while the disk hangs there must be no answer.
 	case countAll:
 		s.batch = append(s.batch, q)
 
@@ -841,10 +841,10 @@ func (r *round) charge(sh *share, searched bool) {
 	r.looked, r.over = now, now-r.began > limit
 }
 
-// share is a client's share of workLoop's time. Clients are served as in start-time fair queueing
-// (Goyal, Vin and Cheng, 1996): the client with the least finish is next. spent is kept near
-// floor (schedule), which rises as clients leave turns (runBatch): so a client that was quiet goes
-// before one that has spent much, and nobody waits for ever.
+// share is a client's share of workLoop's time. Clients are served much as in start-time fair
+// queueing (Goyal, Vin and Cheng, 1996), but the one with the least finish is next, not with the
+// least start. spent is kept near floor (schedule), which rises as clients leave turns (runBatch):
+// so a client that was quiet goes before one that has spent much, and nobody waits for ever.
 type share struct {
 	spent  time.Duration // 0: the client is new
 	cost   time.Duration // between two looks at the clock: a moving average
@@ -1369,8 +1369,8 @@ func (b *budget) limitTo(memory, queues int64) {
 
 // collected notes that live bytes were alive at a collection. What is neither in the store nor in
 // the most that clients had since the last one is unknown. (While clients' memory goes up and down
-// fast, it is taken for less than it is.) What is pinned takes memory of the reserve, up to a
-// half of it, so that no write is refused for it.
+// fast, less counts as unknown than is.) What is pinned takes memory of the reserve, up to a half
+// of that, so that no write is refused for it.
 func (b *budget) collected(live int64) {
 	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
 	removed := min(unknown, b.pinned.Load(), b.reserve/2)
@@ -1410,7 +1410,7 @@ func (b *budget) forQueues() int64 {
 	return min(b.maxQueues, b.shared()/queuesShare)
 }
 
-// ofClients is how many bytes are in use according to the other counts, except the store's.
+// ofClients is how many bytes the queues, the waiting lines and the input of all clients take.
 func (b *budget) ofClients() int64 {
 	return b.queued.Load() + b.waitingLines.Load() + b.inputs.Load() + b.granted.Load()
 }
@@ -1658,7 +1658,7 @@ func (p *gcPacer) choose() {
 	p.server.budget.collected(live)
 
 	// What is pinned takes the place of garbage. However little is alive, Go lets the heap grow to
-	// 4 MiB times the percentage. So percent is about 600 at most: 24 MiB.
+	// 4 MiB times the percentage. So percent is about 700 at most: 28 MiB.
 	garbage := garbageMin + live/garbageShare + min(linked, live) - p.server.budget.removed.Load()
 	garbage = max(garbage, garbageMin/4)
 	percent := int(garbage * 100 / max(live, garbageMin/6))
@@ -1711,7 +1711,7 @@ func (s *keyValueServer) commitStore() {
 	began := s.round.now()
 	err := s.db.Commit()
 
-	// Without a batch the Commit only checked the files (checkFiles).
+	// Without a batch it was checkFiles' Commit, perhaps with expired keys' Deletes.
 	if took := s.round.now() - began; len(s.batch) > 0 {
 		s.gathering.committed(took)
 		if s.status != nil {

@@ -37,11 +37,12 @@ import (
 // Before its fields a record of an Update or a Remove has the place of the removed value in the
 // list, so that a load need not search for it.
 //
-// A frame holds what one Commit made durable, or a part of that. Its sequence is one more than that
-// of the frame before it, also from file to file. A header's first is the sequence of the file's
-// first frame. A frame's synced is the last frame that was known to be on disk when this one was
-// written. If a later frame calls a frame synced, that frame was once on disk: if it is bad now,
-// the file is damaged.
+// A segment's frame holds what one Commit made durable, or a part of that. Its sequence is one more
+// than that of the frame before it, also from segment to segment; a snapshot counts its own frames
+// from 1. A header's first is the sequence of the segment's first frame, or of the first one that
+// the snapshot does not replace. A frame's synced is the last frame that was known to be on disk
+// when this one was written. If a later frame calls a frame synced, that frame was once on disk: if
+// it is bad now, the file is damaged.
 //
 // Every CRC (CRC-32C) in a frame is seeded with the store's random id and the file's kind and
 // number. So neither stale bytes of other files nor log bytes inside a value can be taken for a
@@ -551,7 +552,7 @@ func (w *logWriter) writeZeros(bytes int64) error {
 }
 
 // readBackIfShared has checkLast and check read back a file that others can change in place. That
-// is a file on a disk, and such a file is one with zeros ahead.
+// is a file on a disk: of all directories only a disk's Sizes have zeros.
 func (w *logWriter) readBackIfShared(d storage.Directory) {
 	_, _, zeros := d.Sizes()
 	w.isShared = zeros > 0

@@ -206,7 +206,7 @@ func (d *Store) readBack() error {
 	// Each frame has a checksum, and the sequence that follows the one before.
 	l := &logReader{dir: d.dir, name: w.header.name(), path: w.path, f: lentFile{w.f}, size: w.size,
 		limit: w.size}
-	l.beginBehind(w.header)
+	l.beginAfter(w.header)
 	began, errSlow := time.Now(), errors.New("the disk is slow")
 	end, err := l.scan(func(*logReader, frame, []byte) error {
 		if time.Since(began) > readTime {

@@ -350,9 +350,9 @@ func (s *files) isFollowed(number uint64) bool {
 	return l.last > number
 }
 
-// isUnused reports whether l is a segment without frames that was made when the file before it
-// ended before frame next. Then nothing of that file is missing. If that file had more frames, its
-// end is damaged: a rotation makes the next file only when all of the old one is on disk.
+// isUnused reports whether l is a segment without frames, and was made while the older file did not
+// have frame next yet. Then nothing of the older file is missing. If it had more frames, its end is
+// damaged: a rotation makes the next file only when all of the old one is on disk.
 func (s *files) isUnused(l *logReader, next uint64) bool {
 	// first is one higher than next if that frame (frameNext) was not written.
 	return l.checkHeader(s.id, 0) == nil && l.size == headerSize && l.header.first <= next+1

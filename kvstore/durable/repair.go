@@ -23,7 +23,7 @@ var ErrLost = storage.NewError("some of what was there is lost",
 // Repair makes a store of what can still be read in dir, and reports what could not be read. The
 // new store is in out, which must be empty. Repair changes nothing in dir.
 //
-// It reads like a start, but goes on behind damage. A file is what its header says, whatever its
+// It reads like a start, but goes on after damage. A file is what its header says, whatever its
 // name. Frames are applied in the order of their sequence, each once, and every gap in that order
 // is reported, because nobody knows what was in it.
 func Repair(dir, out storage.Directory) (r Report, err error) {
@@ -235,7 +235,7 @@ func (s *salvage) accept(l *logReader) (isOurs bool) {
 	case l.bad != nil:
 		s.sayDamaged("%v", l.bad)
 		kind, number := parseName(l.name)
-		l.beginBehind(fileHeader{kind: kind, id: s.id, number: number})
+		l.beginAfter(fileHeader{kind: kind, id: s.id, number: number})
 	case l.header.id != s.id:
 		s.report.say("ignored %s: it belongs to another store", l.path)
 		return false

@@ -16,7 +16,7 @@ import (
 )
 
 // logReader reads a log file frame by frame. A start and Check apply the frames, Backup copies
-// them, and Repair reads on behind damage. Another process may write the file meanwhile: frames
+// them, and Repair reads on after damage. Another process may write the file meanwhile: frames
 // that it writes after the file was first opened are left out.
 type logReader struct {
 	header fileHeader
@@ -43,7 +43,7 @@ func readerOf(f storage.File, offset int64) io.Reader {
 }
 
 // openLog opens the file called name and reads its header. A damaged header is no error here: bad
-// says what is wrong, and the reader cannot read frames until beginBehind gives it another header.
+// says what is wrong, and the reader cannot read frames until beginAfter gives it another header.
 func openLog(d storage.Directory, name string) (*logReader, error) {
 	l := &logReader{dir: d, name: name, path: d.Path(name)}
 	err := l.open()
@@ -68,7 +68,7 @@ func openLog(d storage.Directory, name string) (*logReader, error) {
 	case err != nil:
 		l.bad = &storage.DamageError{File: l.path, What: err.Error()}
 	}
-	l.beginBehind(h)
+	l.beginAfter(h)
 	return l, nil
 }
 
@@ -96,8 +96,8 @@ func (l *logReader) close() {
 	}
 }
 
-// beginBehind makes the first frame behind the header h the next one to be read.
-func (l *logReader) beginBehind(h fileHeader) {
+// beginAfter makes the first frame behind the header h the next one to be read.
+func (l *logReader) beginAfter(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
 		l.next = 1 // frames of a snapshot have their own sequence; first is that of the log after it
@@ -403,7 +403,7 @@ func (l *logReader) scan(each func(l *logReader, f frame, payload []byte) error)
 	}
 }
 
-// readFrames reads good frames, calls each for them, and moves end behind them. damage is what is
+// readFrames reads good frames, calls each for them, and moves end after them. damage is what is
 // wrong there; nil: the file ends.
 func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte) error) (
 	damage *storage.DamageError, err error) {
@@ -423,7 +423,7 @@ func (l *logReader) readFrames(end *logEnd, each func(*logReader, frame, []byte)
 		case err != nil:
 			return nil, err
 		case end.isLast():
-			l.offset, l.next = end.offset, end.next // nextFrame has gone behind this frame
+			l.offset, l.next = end.offset, end.next // nextFrame has gone past this frame
 			return l.damageHere("a frame follows the one that should be the last"), nil
 		}
 

@@ -211,9 +211,10 @@ func (d *Store) makeRoomAnywhere(need, wanted int64) error {
 }
 
 // squeeze compacts the log into room that SPARE gives back, if at most this many bytes are enough
-// and the compaction frees more than it takes. Without it a full disk would stop Removes where keys
-// are long, because the log has the key once for every value, and writes after almost everything
-// was deleted. It reports whether there is more room now. Everybody waits for it.
+// and the compaction frees more than it takes. Without it a full disk would stop two things:
+// Removes where keys are long, because the log has the key once for every value; and other writes,
+// even when almost everything was deleted. It reports whether there is more room now. Everybody
+// waits for it.
 func (d *Store) squeeze(most int64) bool {
 	// Each file takes whole blocks of the disk.
 	need := d.liveBytes() + 2*headerSize + frameMost + int64(d.zerosAhead/spareShare)

@@ -106,7 +106,7 @@ const (
 
 	progressTime = time.Second      // between two log lines about a long load
 	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
-	rotateTime   = time.Second      // before the next try, where no new file could be made
+	rotateTime   = time.Second      // before the next try of a new file, or of mostRefused (Room)
 	roomTime     = time.Second / 10 // before a full disk is asked for room again
 	retryTime    = time.Minute      // until the next try of a compaction; of a heal: at most this
 	lookTime     = time.Second      // between two checks of what others have done to the files
@@ -122,7 +122,7 @@ const (
 // files that this replaces, and a timer, which syncs the current file and writes frames that say
 // what is on disk. There is at most one of each at a time. (The lock may have goroutines, too.)
 //
-// Reads are Memory's: no request reads a file after Open.
+// Reads are Memory's. After Open files are read only to see what others have done to them.
 type Store struct {
 	*kvstore.Memory
 	journal
@@ -138,7 +138,7 @@ type Store struct {
 	toldNoSpare bool      // it was logged that SPARE cannot be opened
 	noRoom      error     // why the last write was refused
 	refused     int64     // bytes of that write's key and values
-	roomAfter   time.Time // until then writes of that size or more are refused without a try
+	roomAfter   time.Time // until then no try of such writes, or, if small ones go, of mostRefused
 	mostRefused int64     // bytes of the largest refused write since writes were last taken; 0: none
 	noDelete    refusal   // the last refused request that removes its key
 	noRemove    refusal   // the last refused Remove or Take that leaves values
@@ -594,7 +594,7 @@ func (d *Store) Close() error {
 	}
 	d.AwaitCompaction()
 
-	// Afterwards no heal has the data any more. The timer ends later, because a heal syncs, too.
+	// Afterwards no heal has the data any more. The timer may still run: only one syncs at a time.
 	if err == nil {
 		err = d.fullLook()
 	}

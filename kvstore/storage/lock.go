@@ -14,7 +14,8 @@ import (
 
 // LockName is the file that says who holds the lock. It stays when the lock is released: if it were
 // removed, two processes could lock two files of that name. Only a LOCK that was just made, and
-// could not be locked or signed, is removed, and one in a directory that MakeDisk undoes.
+// could not be locked or signed, is removed, one that has replaced ours and that nobody has locked
+// (Verify), and one in a directory that MakeDisk undoes.
 const LockName = "LOCK"
 
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make another.

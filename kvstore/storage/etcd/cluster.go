@@ -40,7 +40,7 @@ const (
 	patienceTime = 10 * time.Second        // without an answer, until we give up
 	tellTime     = time.Second             // without an answer, until we say so
 
-	pieceLeast = 16 << 10 // bytes of a piece as it is sent, at least: smaller ones help no link
+	pieceLeast = 16 << 10 // least limit of a piece's bytes as it is sent: a lower one helps no link
 	pieceFirst = 64 << 10 // the same at first: pieces double while the link is fast enough
 	pieceMost  = 1 << 20  // bytes of a piece, packed or not: etcd takes requests of 1.5 MiB
 	pageFirst  = 64 << 10 // bytes of the pieces that one request asks for, at first

@@ -28,8 +28,8 @@ import (
 //	lock        who may write: a holder in JSON, which puts it again every beatTime
 //	step        the series and number of the last change of names
 //	n/NAME      the id of the file that has this name
-//	d/ID/PIECE  one write to the file with this id: PIECE has the write's number, offset and
-//	            size. A value shorter than this size is compressed (DEFLATE)
+//	d/ID/PIECE  some bytes of the file with this id: PIECE has the piece's number, and their
+//	            offset and size. A value shorter than this size is compressed (DEFLATE)
 //
 // Every transaction of the holder compares the lock with what the holder has put there. So a
 // process that has lost the lock can change nothing any more, however late its requests arrive. A
@@ -77,7 +77,7 @@ func (a access) leave() { <-a }
 // segmentBytes is how large a log file becomes, in bytes.
 const segmentBytes = 16 << 20
 
-// Options are what Open needs to know. The zero value is for a process that only reads.
+// Options are what Open needs to know. The zero value is for a process that is no server.
 type Options struct {
 	// Addr is the address at which this process will serve the data. Other servers that wait for
 	// the lock log it. If Addr is "", Lock does not wait for a holder that is alive.

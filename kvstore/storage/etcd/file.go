@@ -22,10 +22,10 @@ const (
 	packLeast = 512      // bytes of a piece that is compressed, at least
 	joinLeast = 8        // pieces that are joined, at least
 	joinMost  = 256      // pieces that are joined, at most
-	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: few pieces are larger
+	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: of larger ones there are few
 )
 
-// pieceFile is an open file. Its pieces are the writes that made it, in their order. A piece that
+// pieceFile is an open file. Its pieces are the parts in which it was sent, in order. A piece that
 // begins before the end of the file cuts off what follows its start. Small pieces are joined now
 // and then, so that a file of small writes has few keys. Several goroutines may use a pieceFile.
 type pieceFile struct {
@@ -58,7 +58,7 @@ type extent struct {
 	hasGap bool    // a piece before the last one is missing
 }
 
-// piece is one write.
+// piece is what one put has added to a file: some bytes, or none where it only cuts.
 type piece struct {
 	number          int   // pieces of a file are numbered from 0
 	start, to, size int64 // to is where the piece ends, or where a later one has cut it off

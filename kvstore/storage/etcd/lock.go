@@ -53,7 +53,7 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
-	// sent to by wake, received by Held: check again. One slot, because one signal is enough
+	// from wake to Held, which then checks again; one slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
 	stop    context.CancelFunc
