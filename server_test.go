@@ -32,7 +32,7 @@
 //	On a full disk everything can be deleted
 //		TestFullDiskDeletesEverything, TestFullDiskRemovesEverything
 //	One process at a time has a directory, whatever becomes of LOCK
-//		TestRemovedLockStillLocks, TestMissingLock, TestInUseBesideALock
+//		TestRemovedLockStillLocks, TestMissingLock, TestInUseBesideALock, TestSecondStartWithoutLock
 //	A repair changes nothing that it reads
 //		TestRepair, TestRepairIsKilled
 //	The disk holds at most twice the live data and 128 MiB

@@ -655,7 +655,7 @@ func TestRefusals(t *testing.T) {
 // panic, and that a store which opens once opens again.
 func FuzzRecovery(f *testing.F) {
 	const name = "seg-1.log"
-	base := fixedDir(f, 5)
+	base := fixedDir(f, 5).With(storage.LockName, nil) // a start waits for one
 	good := base.Names[name].Data
 	f.Add(good)
 	f.Add(good[:len(good)-3])

@@ -194,24 +194,28 @@ func TestLockGoesUnderAStore(t *testing.T) {
 			dir.Rename("LOCK.tmp", storage.LockName)
 		},
 	} {
-		log := &strings.Builder{}
-		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		synctest.Test(t, func(t *testing.T) {
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 
-		spoil(dir)
-		if _, err := openSmall(dir, Options{}); !errors.Is(err, storage.ErrLocked) {
-			t.Errorf("%s: a second one: %v", what, err)
-		}
+			spoil(dir)
+			if _, err := openSmall(dir, Options{}); !errors.Is(err, storage.ErrLocked) {
+				t.Errorf("%s: a second one: %v", what, err)
+			}
 
-		d.Put("key", "value")
-		if err := d.Commit(); err != nil {
-			t.Errorf("%s: %v", what, err)
-		}
-		if dir.Names[storage.LockName] == nil || strings.Contains(log.String(), "level=ERROR") {
-			t.Errorf("%s: there is %v; the log says\n%s", what, dir.Names, log)
-		}
-		wantAll(t, what, dir.Crash(rand.New(rand.NewPCG(1, 1))), maps.Collect(d.All()))
-		if err := d.Close(); err != nil {
-			t.Errorf("%s: Close: %v", what, err)
-		}
+			<-time.After(lookTime)
+			synctest.Wait() // the lock looks at the same moment
+			d.Put("key", "value")
+			if err := d.Commit(); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+			if dir.Names[storage.LockName] == nil || strings.Contains(log.String(), "level=ERROR") {
+				t.Errorf("%s: there is %v; the log says\n%s", what, dir.Names, log)
+			}
+			wantAll(t, what, dir.Crash(rand.New(rand.NewPCG(1, 1))), maps.Collect(d.All()))
+			if err := d.Close(); err != nil {
+				t.Errorf("%s: Close: %v", what, err)
+			}
+		})
 	}
 }

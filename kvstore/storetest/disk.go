@@ -8,8 +8,10 @@
 package storetest
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"kvserver/kvstore/storage"
 	"maps"
@@ -40,6 +42,7 @@ type Dir struct {
 	Block   int              // files take whole blocks of so many bytes; 0: blocks of one byte
 	Largest int              // limit in bytes of one file (RLIMIT_FSIZE); 0: none
 	Locked  bool             // a process has the directory's own lock
+	Plain   bool             // directories cannot be locked, as on NFS: there is only LOCK
 	Moved   error            // the error of the lock's Held; nil: nothing has happened
 	Handles int              // open files
 
@@ -94,6 +97,7 @@ type Call struct {
 // File is the content of a file: as processes see it (Data), and as it is on disk (Disk).
 type File struct {
 	Data, Disk []byte
+	holder     *held         // the lock of the process that has locked the file; nil: of none
 	dirty      map[int]int64 // sectors for the next Sync, each with changes at its last write
 	changes    int64         // number of times that Data was changed
 	synced     int64         // value of changes that the last Sync covered
@@ -154,7 +158,7 @@ func New() *Dir {
 func (d *Dir) empty() *Dir {
 	e := New()
 	e.Room, e.Segment, e.Compact, e.Reserve = d.Room, d.Segment, d.Compact, d.Reserve
-	e.Largest, e.Block = d.Largest, d.Block
+	e.Largest, e.Block, e.Plain = d.Largest, d.Block, d.Plain
 	return e
 }
 
@@ -210,8 +214,19 @@ func (d *Dir) call(what, name string) (err error) {
 
 // change makes a change of names, which a power failure may undo until the next Sync.
 func (d *Dir) change(c change) {
-	c.apply(d.Names)
+	d.watchLock(func() { c.apply(d.Names) })
 	d.journal = append(d.journal, c)
+}
+
+// watchLock makes a change of Names. If the change takes LOCK from its holder, the holder notices
+// at its next check, which is no call: nothing makes it fail or wait. The caller has locked Mu.
+func (d *Dir) watchLock(change func()) {
+	lock := d.Names[storage.LockName]
+	change()
+	if lock != nil && lock.holder != nil && lock != d.Names[storage.LockName] {
+		h := lock.holder
+		time.AfterFunc(heldTime-time.Since(h.began)%heldTime, func() { h.Verify() })
+	}
 }
 
 // after runs After; the caller has not locked Mu.
@@ -246,7 +261,7 @@ func (d *Dir) Read(name string) (data []byte, isThere bool) {
 func (d *Dir) Replace(name string, data []byte) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
-	d.Names[name] = FileOf(data)
+	d.watchLock(func() { d.Names[name] = FileOf(data) })
 }
 
 // Crash returns what a power failure now would leave. Of the data that was not synced any sectors
@@ -308,6 +323,7 @@ func (d *Dir) Kill() *Dir {
 			// Processes that have the old file open may go on writing, so nothing is shared.
 			c := *f
 			c.Data, c.Disk, c.dirty = slices.Clone(f.Data), slices.Clone(f.Disk), maps.Clone(f.dirty)
+			c.holder = nil
 			copies[f] = &c
 		}
 		return copies[f]
@@ -468,67 +484,121 @@ func (d *Dir) Sync() error {
 	return err
 }
 
-// Lock keeps other callers out, and makes the file LOCK, which others may remove, empty or replace.
+// Lock does what a disk's Lock does: it locks the directory itself, unless that is Plain, and LOCK,
+// which others may remove, empty or replace. If STORE is there without LOCK it waits first.
 func (d *Dir) Lock(context.Context) (storage.Lock, error) {
 	err := d.call("lock", "")
 	defer d.Mu.Unlock()
 	switch {
 	case err != nil:
 		return nil, err
-	case d.Locked:
+	case d.isLocked():
 		return nil, storage.ErrLocked
 	}
 
-	d.Locked = true
-	l := &held{d, d.Names[storage.LockName]}
+	d.Locked = !d.Plain
+	if d.Names[storage.LockName] == nil && d.Names[storage.StoreName] != nil {
+		d.Mu.Unlock()
+		<-time.After(noticeTime)
+		d.Mu.Lock()
+	}
+
+	// Where there is only LOCK, a process that runs may have made it again by now.
+	if d.Plain && d.isLocked() {
+		return nil, storage.ErrLocked
+	}
+
+	l := &held{d: d, began: time.Now(), hasDir: !d.Plain, file: d.Names[storage.LockName]}
 	if l.file == nil {
 		l.again()
 	}
+	l.file.holder = l
 	return l, nil
+}
+
+// isLocked reports whether a process has locked the directory; if that is Plain, LOCK. The caller
+// has locked Mu.
+func (d *Dir) isLocked() bool {
+	f := d.Names[storage.LockName]
+	return d.Locked || d.Plain && f != nil && f.holder != nil
 }
 
 // InUse reports whether the lock is held.
 func (d *Dir) InUse() (owner string, inUse bool) {
 	d.Mu.Lock()
 	defer d.Mu.Unlock()
-	return "by a test", d.Locked
+	return "by a test", d.isLocked()
 }
 
 // Close does nothing.
 func (d *Dir) Close() error { return nil }
 
-// held is the lock of a Dir, with the file LOCK that it has made or found.
+// A disk's lock has these times: its holder looks at it every heldTime, and a start that finds
+// STORE but no LOCK waits for noticeTime.
+const (
+	heldTime   = time.Second
+	noticeTime = 2*heldTime + heldTime/2
+)
+
+// held is the lock of a Dir. It decides as a disk's lock does.
 type held struct {
-	d    *Dir
-	file *File
+	d      *Dir
+	began  time.Time
+	hasDir bool  // the directory itself is locked, too
+	file   *File // LOCK, as it was locked; nil once the lock is closed
+	lost   error // why the lock is lost
 }
 
-// again makes a new file LOCK. The caller has locked Mu.
+// again makes a new file LOCK and locks it. The caller has locked Mu.
 func (h *held) again() {
+	h.release()
 	h.file = FileOf(nil)
+	h.file.holder = h
 	h.d.change(change{h.file, "", storage.LockName})
 }
 
-// Held makes a new LOCK if it was removed or replaced, as the lock of a disk does by itself.
+// release unlocks the file, unless another process has taken it. The caller has locked Mu.
+func (h *held) release() {
+	if h.file != nil && h.file.holder == h {
+		h.file.holder = nil
+	}
+}
+
+// Held returns what the last check has found.
 func (h *held) Held() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
-	if h.d.Moved == nil && h.d.Names[storage.LockName] != h.file {
-		h.again()
-	}
-	return h.d.Moved
+	return cmp.Or(h.d.Moved, h.lost)
 }
 
-// Verify is Held.
-func (h *held) Verify() error { return h.Held() }
+// Verify makes a new LOCK if that was removed. A LOCK that is another file now it replaces only if
+// the directory itself is locked; otherwise the lock is lost.
+func (h *held) Verify() error {
+	h.d.Mu.Lock()
+	defer h.d.Mu.Unlock()
 
-// Lost returns nil: this lock is never lost.
+	switch f := h.d.Names[storage.LockName]; {
+	case h.file == nil, f == h.file, h.lost != nil, h.d.Moved != nil:
+	case f != nil && !h.hasDir:
+		h.lost = fmt.Errorf("%w: LOCK is another file now", storage.ErrMoved)
+	default:
+		h.again()
+	}
+	return cmp.Or(h.d.Moved, h.lost)
+}
+
+// Lost returns nil: nobody waits for the loss of this lock.
 func (h *held) Lost() <-chan struct{} { return nil }
 
+// Close releases the lock. The file LOCK stays.
 func (h *held) Close() error {
 	h.d.Mu.Lock()
 	defer h.d.Mu.Unlock()
-	h.d.Locked = false
+	h.release()
+	h.file = nil
+	if h.hasDir {
+		h.d.Locked = false
+	}
 	return nil
 }
 

@@ -132,14 +132,16 @@ func (p *process) operate() {
 			return
 		}
 
-		switch r.IntN(6) {
+		switch r.IntN(7) {
+		case 6:
+			p.removeLock(r)
 		case 5:
 			p.tidyUp(r)
 
 		// A moved directory ends the server's service, so this is rare.
 		case 4:
 			if Chance(r, 4) {
-				p.move()
+				p.move(r)
 			}
 		case 0:
 			p.pause(Between(r, 0, 4*time.Second))
@@ -179,10 +181,10 @@ func (p *process) pause(d time.Duration) {
 	close(paused)
 }
 
-// tidyUp removes files of the store, as somebody does who takes them for old logs, or empties them,
-// as log rotation does, or copies an old backup over them. The server must write them again within
-// seconds if nothing else happens to it.
-func (p *process) tidyUp(r *rand.Rand) {
+// calm keeps all other faults, and the process's end, away from the process while act is run: only
+// what act does may then need mending. Nobody promises that files come back if the disk has failed
+// or may be full: then act is not run.
+func (p *process) calm(act func()) {
 	select {
 	case p.tidying <- struct{}{}:
 		defer func() { <-p.tidying }()
@@ -190,47 +192,86 @@ func (p *process) tidyUp(r *rand.Rand) {
 		return
 	}
 
-	// Nobody promises that files come back if the disk has failed or may be full.
 	p.mu.Lock()
-	if p.failed || p.after != nil || p.dir.Room > 0 {
-		p.mu.Unlock()
-		return
+	isSound := !p.failed && p.after == nil && p.dir.Room == 0
+	if isSound {
+		p.plan = plan{}
 	}
-
-	// No other fault may keep the server from writing the files again.
-	p.plan = plan{}
 	p.mu.Unlock()
-
-	if Chance(r, 3) {
-		p.restore(r)
-	} else {
-		p.removeSome(r)
+	if isSound {
+		act()
 	}
+}
 
-	// A second server must not start, whatever is left there.
+// tidyUp removes files of the store, as somebody does who takes them for old logs, or empties them,
+// as log rotation does, or copies an old backup over them. The server must write them again within
+// seconds if nothing else happens to it.
+func (p *process) tidyUp(r *rand.Rand) {
+	p.calm(func() {
+		if Chance(r, 3) {
+			p.restore(r)
+		} else {
+			p.removeSome(r)
+		}
+		p.startSecond()
+
+		for range 5 {
+			wait(1100 * time.Millisecond)
+
+			// There may be no client left whose request would make the server look.
+			p.server.Look()
+
+			report, err := durable.Check(p.dir)
+			if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
+				"no store") {
+				return
+			}
+		}
+		p.fail("files that were removed are not written anew")
+	})
+}
+
+// startSecond starts a second server, which must not succeed, whatever is left in the directory.
+func (p *process) startSecond() {
 	if db, err := durable.Open(context.Background(), p.dir, durable.Options{}); err == nil {
 		db.Close()
 		p.fail("a second server starts beside the first")
 	}
+}
 
-	for range 5 {
-		wait(1100 * time.Millisecond)
-
-		// There may be no client left whose request would make the server look.
-		p.server.Look()
-
-		report, err := durable.Check(p.dir)
-		if err == nil && !report.Damaged && !strings.HasPrefix(report.Lines[len(report.Lines)-1],
-			"no store") {
-			return
-		}
+// removeLock removes LOCK. Then a second server starts soon, or the process may be killed before it
+// has made another LOCK.
+func (p *process) removeLock(r *rand.Rand) {
+	if p.isDisturbed() {
+		return // a LOCK that was replaced is gone as well, if nobody has looked yet
 	}
-	p.fail("files that were removed are not written anew")
+	if Chance(r, 2) {
+		p.tell("somebody removes LOCK: %v", p.dir.Remove(storage.LockName))
+		if Chance(r, 2) {
+			p.kill(p.fsync != durable.FsyncNever && Chance(r, 2), "without a LOCK")
+		}
+		return
+	}
+
+	p.calm(func() {
+		p.tell("somebody removes LOCK: %v, and a second server starts", p.dir.Remove(storage.LockName))
+		wait(pick(r, 0, Between(r, 0, 2*time.Second)))
+		p.startSecond()
+		wait(1100 * time.Millisecond)
+		if _, isThere := p.dir.Read(storage.LockName); !isThere {
+			p.fail("LOCK is not made anew")
+		}
+	})
 }
 
 // removeSome removes or empties some files of the store, perhaps all.
 func (p *process) removeSome(r *rand.Rand) {
 	names, _ := p.dir.List()
+
+	// Where there is only LOCK, a start takes a directory without STORE and LOCK for an empty one.
+	if p.dir.Plain {
+		names = slices.DeleteFunc(names, func(name string) bool { return name == storage.StoreName })
+	}
 	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for _, name := range names[:r.IntN(len(names)+1)] {
 		if Chance(r, 2) {
@@ -253,6 +294,9 @@ func (p *process) restore(r *rand.Rand) {
 
 	// Data that is written during this wait is not in the backup.
 	wait(Between(r, 0, 2*time.Second))
+	if p.dir.Plain {
+		delete(copied.Names, storage.LockName) // if LOCK was removed, a new one ends the server: see move
+	}
 	for _, name := range slices.Sorted(maps.Keys(copied.Names)) {
 		p.tell("somebody puts a copy over %s", name)
 		f, err := p.dir.Create(name)
@@ -263,13 +307,18 @@ func (p *process) restore(r *rand.Rand) {
 	}
 }
 
-// move puts another directory in the place of the process's own, which the process must notice.
-func (p *process) move() {
-	p.tell("its directory is moved")
-
-	p.dir.Mu.Lock()
-	p.dir.Moved = storage.ErrMoved
-	p.dir.Mu.Unlock()
+// move puts another directory in the place of the process's own, or, where there is only LOCK,
+// another file in the place of that. The process must notice both.
+func (p *process) move(r *rand.Rand) {
+	if p.dir.Plain && Chance(r, 2) {
+		p.tell("its LOCK is replaced")
+		p.dir.Replace(storage.LockName, nil)
+	} else {
+		p.tell("its directory is moved")
+		p.dir.Mu.Lock()
+		p.dir.Moved = storage.ErrMoved
+		p.dir.Mu.Unlock()
+	}
 
 	// From now on writes may fail, and soon they must: see checkMoved.
 	p.mu.Lock()

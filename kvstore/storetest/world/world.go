@@ -188,8 +188,10 @@ func (w *world) run() {
 	// Files are so small that even a short life has many of them, and compactions.
 	w.dir.Segment = int64(pick(r, 3, 10, 100) * kilo)
 	w.dir.Compact, w.dir.Reserve = int64(pick(r, 5, 20)*kilo), pick(r, 1, 8, 32)*kilo
+	w.dir.Plain = Chance(r, 2)
 	w.fsync = pick(r, durable.FsyncAlways, durable.FsyncAlways, time.Second, durable.FsyncNever)
-	w.tell("-fsync %v, files of %d bytes", w.fsync, w.dir.Segment)
+	w.tell("-fsync %v, files of %d bytes, only LOCK is locked: %v", w.fsync, w.dir.Segment,
+		w.dir.Plain)
 
 	for range 1 + r.IntN(4) {
 		// A start that dies leaves its work to later starts, which may die as well.
