@@ -225,7 +225,7 @@ func (d *Dir) watchLock(change func()) {
 	change()
 	if lock != nil && lock.holder != nil && lock != d.Names[storage.LockName] {
 		h := lock.holder
-		time.AfterFunc(heldTime-time.Since(h.began)%heldTime, func() { h.Verify() })
+		time.AfterFunc(guardTime-time.Since(h.began)%guardTime, func() { h.Verify() })
 	}
 }
 
@@ -533,11 +533,11 @@ func (d *Dir) InUse() (owner string, inUse bool) {
 // Close does nothing.
 func (d *Dir) Close() error { return nil }
 
-// A disk's lock has these times: its holder looks at it every heldTime, and a start that finds
+// A disk's lock has these times: its holder looks at it every guardTime, and a start that finds
 // STORE but no LOCK waits for noticeTime.
 const (
-	heldTime   = time.Second
-	noticeTime = 2*heldTime + heldTime/2
+	guardTime   = time.Second
+	noticeTime = 2*guardTime + guardTime/2
 )
 
 // held is the lock of a Dir. It decides as a disk's lock does.
