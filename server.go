@@ -43,10 +43,10 @@ const (
 	// less time, and on disk there are a tenth more writes a second.
 	maxYields = 4
 
-	// A Commit that takes less time than slowCommit is over before its clients can come back, so
-	// the next batch does not wait for them (gathering). After one wait in vain the next batch does
-	// not wait; after two in a row the next 3 batches do not, then 7, and at most maxVain.
-	slowCommit = time.Millisecond
+	// A batch does not wait for clients (gathering) if Commits take less time than slowCommit, as in
+	// memory: that saves nothing. After one wait in vain the next batch does not wait; after two in
+	// a row the next 3 batches do not, then 7, and at most maxVain.
+	slowCommit = 50 * time.Microsecond
 	maxVain    = 63
 
 	// How long workLoop works before it commits and answers: maxHeavyRound if the client's requests
@@ -884,12 +884,13 @@ func (t *turnQueue) Pop() any {
 // Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
 type gathering struct {
 	number   int              // of the batch, counting only batches that write
-	writes   bool             // the batch has a write
+	writers  int              // chains of the batch that write
 	steady   int              // clients that wrote in it and in one of the two batches before
 	missing  int              // steady clients of the last batch that have not come back
 	took     time.Duration    // for the last batch's Commit
 	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
 	timedOut bool             // timer has fired
+	awaited  int              // missing clients when the wait began
 	skip     int              // how many batches are not to wait, because waits were in vain
 	vain     int              // what skip was after the last wait; 0: that wait was not in vain
 }
@@ -897,7 +898,7 @@ type gathering struct {
 // wrote notes that sh's client has written in the batch.
 func (g *gathering) wrote(sh *share) {
 	g.excuse(sh)
-	g.writes = true
+	g.writers++
 	sh.isSteady = g.number-sh.wroteIn <= 2 // one of the two batches before
 	sh.wroteIn = g.number
 	if sh.isSteady {
@@ -917,7 +918,7 @@ func (g *gathering) excuse(sh *share) {
 // batch that does not wait only because earlier waits were in vain makes skip less by one.
 func (g *gathering) mustWait() bool {
 	switch {
-	case g.took < slowCommit || !g.writes || g.missing <= 0 || g.timedOut:
+	case g.took < slowCommit || g.writers == 0 || g.missing <= 0 || g.timedOut:
 		return false
 	case g.timer != nil:
 		return true
@@ -925,19 +926,23 @@ func (g *gathering) mustWait() bool {
 		g.skip--
 		return false
 	}
-	g.timer = time.After(min(g.took/2, maxRound))
+
+	// A Commit that a wait saves is worth up to four times its duration, in CPU time, too. But if
+	// few are missing, many would wait for few.
+	wait := 4 * g.took * time.Duration(g.missing) / time.Duration(g.missing+g.writers)
+	g.timer, g.awaited = time.After(min(wait, maxRound)), g.missing
 	return true
 }
 
 // committed notes how long the batch's Commit took, and begins the next batch.
 func (g *gathering) committed(took time.Duration) {
-	if !g.writes {
+	if g.writers == 0 {
 		return
 	}
 
-	// If the timer ended the wait, it was of no use: wait less and less often.
+	// If most of those that were awaited did not come, wait less and less often.
 	switch {
-	case g.timedOut:
+	case g.timedOut && g.missing > g.awaited/2:
 		g.vain = min(2*g.vain+1, maxVain)
 		g.skip = g.vain
 	case g.timer != nil:
