@@ -190,6 +190,58 @@ func TestEtcdQuota(t *testing.T) {
 	})
 }
 
+// Ensure that the quota counts whether members have it in their metrics, or in their status, as
+// etcd 3.6 has; and that one that was raised is noticed there.
+func TestEtcdQuotaOfAnyVersion(t *testing.T) {
+	for _, is36 := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			const quota = 8 << 20
+			e := newFakeEtcd()
+			e.quota, e.is36 = quota, is36
+			dir, _, lock := e.locked(t)
+
+			<-time.After(surveyTime)
+			if dir.RoomFor(quota/2, 0, false) != nil || dir.RoomFor(quota, 0, false) == nil {
+				t.Errorf("3.6 %v: the quota of %d bytes does not count", is36, quota)
+			}
+
+			if segment, _, _ := dir.directory.Sizes(); segment != quota/16 {
+				t.Errorf("3.6 %v: segments of %d bytes at a quota of %d", is36, segment, quota)
+			}
+
+			e.mu.Lock()
+			e.quota = 3 * quota
+			e.mu.Unlock()
+			<-time.After(2 * surveyTime)
+			if is36 && dir.RoomFor(quota, 0, false) != nil {
+				t.Error("a raised quota is not noticed")
+			}
+			lock.Close()
+		})
+	}
+}
+
+// Ensure that etcd is asked again to forget old revisions if no member has answered, and not if one
+// has.
+func TestEtcdForgetsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "")
+		e.put("key", "value")
+		c := dir.client
+		c.garbage.Store(garbageMost)
+
+		for _, isCut := range []bool{true, false} {
+			w.setCut(isCut)
+			c.forget(t.Context(), false)
+			if has := e.forgot > 0; has == isCut || (c.garbage.Load() == 0) != has {
+				t.Errorf("cut off %v: revision %d is forgotten, %d bytes are not", isCut, e.forgot,
+					c.garbage.Load())
+			}
+		}
+	})
+}
+
 // roundTrip is an http.RoundTripper.
 type roundTrip func(r *http.Request) (*http.Response, error)
 
