@@ -455,7 +455,7 @@ func smallSize(i int) int {
 	return 7 << 10
 }
 
-// Ensure that a reader of a large file asks for as much at a time as etcd answers.
+// Ensure that a reader of a large file asks for as much at a time as etcd answers, and not for more.
 func TestEtcdReadAhead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -467,7 +467,7 @@ func TestEtcdReadAhead(t *testing.T) {
 
 		large := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{3}).Read(large)
-		size := int64(storetest.Fewer(6, 3)) << 20
+		size := int64(storetest.Fewer(8, 4)) << 20
 		for at := int64(0); at < size; {
 			write(t, f, &at, large)
 		}
@@ -476,6 +476,14 @@ func TestEtcdReadAhead(t *testing.T) {
 		for at := int64(0); at < size; at += int64(len(large)) {
 			if n, err := f.ReadAt(large, at); n < len(large) {
 				t.Fatal(err)
+			}
+
+			got := 0
+			for _, data := range f.(*pieceFile).page {
+				got += len(data)
+			}
+			if got > pageMost {
+				t.Errorf("%d bytes are asked for at a time", got)
 			}
 		}
 
