@@ -613,6 +613,16 @@ func TestNearlyFullDisk(t *testing.T) {
 			put(false)
 		}
 
+		// Room for a smaller write that was refused, too, is not enough.
+		const middle = 20_000
+		if d.Room("", middle, 0) == nil {
+			t.Fatal("there is room for a smaller write")
+		}
+		dir.Room += middle
+		<-time.After(rotateTime)
+		if err := d.Room("", middle, 0); err != nil {
+			t.Fatalf("a smaller write: %v", err)
+		}
 		if strings.Contains(log.String(), "writes are taken") {
 			t.Errorf("the log says\n%s", log)
 		}
