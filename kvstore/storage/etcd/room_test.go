@@ -242,6 +242,35 @@ func TestEtcdForgetsAgain(t *testing.T) {
 	})
 }
 
+// Ensure that all bytes of a removed file, and what its pieces take beside them, count as what etcd
+// is to forget.
+func TestEtcdGarbageOfAFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		_, otherErr := dir.Create("other")
+		f, err := dir.Create("file")
+		if err := errors.Join(err, otherErr); err != nil {
+			t.Fatal(err)
+		}
+
+		at := int64(0)
+		for range 2*joinMost + 10 {
+			write(t, f, &at, []byte("small"))
+		}
+		pieces := e.list(*dir.all("d/")).Count
+		before := dir.client.garbage.Load()
+		if err := dir.Remove("file"); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := dir.client.garbage.Load()-before, at+pieces*pieceExtra; got != want {
+			t.Errorf("a file of %d bytes in %d pieces is %d bytes of garbage, want %d", at, pieces, got,
+				want)
+		}
+		lock.Close()
+	})
+}
+
 // roundTrip is an http.RoundTripper.
 type roundTrip func(r *http.Request) (*http.Response, error)
 
