@@ -271,6 +271,24 @@ func TestEtcdGarbageOfAFile(t *testing.T) {
 	})
 }
 
+// Ensure that of what was written before only much data is hoped to shrink as that did.
+func TestEtcdRoomForWhatMayNotShrink(t *testing.T) {
+	dir, _ := newFakeEtcd().dir(t, t.Context(), "")
+	r := &dir.client.room
+	r.quota.Store(80 << 20)
+	r.spent.Store(1 << 20)
+	r.plain.Store(10 << 20)
+	for size, room := range map[int64]int64{pieceMost: pieceMost, 3 * pieceMost: 3 * pieceMost / 10} {
+		margin := int64(10 << 20)
+		for _, more := range []int64{0, -1} {
+			r.limit.Store(r.spent.Load() + margin + room + more)
+			if err := dir.RoomFor(size, 0, false); (err == nil) != (more == 0) {
+				t.Errorf("room for %d bytes where there is room for %d: %v", size, room+more, err)
+			}
+		}
+	}
+}
+
 // roundTrip is an http.RoundTripper.
 type roundTrip func(r *http.Request) (*http.Response, error)
 
