@@ -758,6 +758,31 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 	}
 }
 
+// Ensure that a heal that fails is tried less and less often, but at least every minute.
+func TestHealIsTriedEveryMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		tries, last, longest := 0, time.Now(), time.Duration(0)
+		dir.Before = func(c storetest.Call) error {
+			if c.What != "create" || !strings.HasPrefix(c.Name, "seg-") {
+				return nil
+			}
+			tries++
+			longest = max(longest, time.Since(last))
+			last = time.Now()
+			return syscall.EPERM
+		}
+
+		dir.Remove(storage.StoreName)
+		look(t, d, 20*60)
+		if longest > compactTime+lookTime || tries < 20 || tries > 20+6 { // 6 in the first minute
+			t.Errorf("%d tries in 20 minutes, with pauses of up to %v", tries, longest)
+		}
+		dir.Before = nil
+		d.Close()
+	})
+}
+
 // look waits for this many checks of the files.
 func look(t *testing.T, d *Store, checks int) {
 	t.Helper()
