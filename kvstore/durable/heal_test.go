@@ -698,8 +698,8 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 }
 
 // Ensure that while a spoiled file cannot be written again, writes are refused, Deletes go on, and
-// the store tries less and less often, and that writes are taken again once it has succeeded. A later
-// failure begins anew.
+// the store tries less and less often, that writes are taken again once it has succeeded, and that
+// a later failure begins anew.
 func TestNoWritesWithoutAHeal(t *testing.T) {
 	for name, spoil := range map[string]func(dir *storetest.Dir, segment string){
 		"the segment is removed":        func(dir *storetest.Dir, s string) { dir.Remove(s) },

@@ -239,7 +239,7 @@ func TestRepairKeepsAGoodSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that Repair does not report a loss if nothing is lost: each of these is what a crash leaves.
+// Ensure that Repair does not report a loss if nothing is lost: a crash can leave each of these.
 func TestRepairOfNothingLost(t *testing.T) {
 	// prev is a full segment, and last, the newest, has one frame.
 	for what, crash := range map[string]func(prev, last []byte) (prevLeft, lastLeft []byte){
