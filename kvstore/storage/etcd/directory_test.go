@@ -474,15 +474,3 @@ func TestEtcdOpenIsStopped(t *testing.T) {
 		}
 	})
 }
-
-// Ensure that only addresses of one store, or of one inside another's prefix, overlap.
-func TestEtcdOverlap(t *testing.T) {
-	const a = "etcd://a:1,b:1/kv"
-	for b, want := range map[string]bool{a: true, a + "/": true, a + "//": true, a + "/inner": true,
-		"etcd://a:1,b:1": true, a + "2": false, a + "2/kv": false, "etcd://a:1,b:1/other": false,
-		"etcd://a:1,b:1/k": false, "etcd://a:1,b:10/kv": false} {
-		if Overlap(a, b) != want || Overlap(b, a) != want || Overlap(a+"/", b) != want {
-			t.Errorf("%s and %s: %v, want %v", a, b, !want, want)
-		}
-	}
-}
