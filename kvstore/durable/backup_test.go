@@ -849,3 +849,40 @@ func TestBackupBesideARotation(t *testing.T) {
 		})
 	}
 }
+
+// Ensure that damage of the last commit in a copy is never taken for a torn end, even if the log
+// went on in a new file while it was copied.
+func TestDamagedBackup(t *testing.T) {
+	for _, goesOn := range []bool{false, true} {
+		dir, d := newSmall(t, Options{})
+		d.Put("k", "v")
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+
+		out := storetest.New()
+		out.Before = func(c storetest.Call) error {
+			if c.What == "create" && goesOn && d.number() == 1 {
+				d.rotate()
+			}
+			return nil
+		}
+		_, err := Backup(dir, out)
+		if err != nil || goesOn != (d.number() == 2) {
+			t.Fatalf("goes on %v: segment %d: %v", goesOn, d.number(), err)
+		}
+		d.Close()
+
+		// Any byte of the commit: its frame is the first, and the last with records.
+		out.Before = nil
+		wantAll(t, "the copy", out.Kill(), map[string][]string{"k": {"v"}})
+		for i := headerSize; i < headerSize+frameSize+1; i++ {
+			data := slices.Clone(out.Names["seg-1.log"].Data)
+			data[i] ^= 1
+			_, err := openSmall(out.With("seg-1.log", data), Options{})
+			if !errors.As(err, new(*storage.DamageError)) {
+				t.Fatalf("goes on %v, byte %d is bad: %v", goesOn, i, err)
+			}
+		}
+	}
+}

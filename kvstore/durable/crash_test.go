@@ -613,6 +613,16 @@ func TestNearlyFullDisk(t *testing.T) {
 			put(false)
 		}
 
+		// Room for a smaller write that was refused, too, is not enough.
+		const middle = 20_000
+		if d.Room("", middle, 0) == nil {
+			t.Fatal("there is room for a smaller write")
+		}
+		dir.Room += middle
+		<-time.After(rotateTime)
+		if err := d.Room("", middle, 0); err != nil {
+			t.Fatalf("a smaller write: %v", err)
+		}
 		if strings.Contains(log.String(), "writes are taken") {
 			t.Errorf("the log says\n%s", log)
 		}
@@ -1130,6 +1140,31 @@ func TestSpareIsCut(t *testing.T) {
 			d.Close()
 		})
 	}
+}
+
+// Ensure that a compaction gives back most of SPARE once most keys have gone, and keeps enough.
+func TestSpareShrinks(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	const keys = 2000
+	for i := range keys {
+		if err := d.Room("", 110, 0); err != nil {
+			t.Fatal(err)
+		}
+		d.Put(strings.Repeat("k", 100)+fmt.Sprint(i), "value")
+	}
+	large := len(dir.Names[spareName].Data)
+
+	for i := range keys - 1 {
+		d.Delete(strings.Repeat("k", 100) + fmt.Sprint(i))
+	}
+	if _, err := d.rotate(); err != nil || d.compactNow() != nil {
+		t.Fatal(err)
+	}
+	size, least := len(dir.Names[spareName].Data), int(d.toDelete(0))
+	if size < least || size > 2*least+2*d.zerosAhead || size > large/2 {
+		t.Errorf("SPARE has %d bytes, had %d with %d keys, and must have %d", size, large, keys, least)
+	}
+	d.Close()
 }
 
 // Ensure that Close after a failed Commit leaves SPARE alone: it may be another process's by now.

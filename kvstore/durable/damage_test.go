@@ -434,6 +434,42 @@ func TestOlderCopyOverNewer(t *testing.T) {
 	}
 }
 
+// Ensure that a start removes a segment that the snapshot replaces only if it is full and whole.
+func TestReplacedSegment(t *testing.T) {
+	dir, d := fourSegments(t, Options{})
+	full := slices.Clone(dir.Names["seg-3.log"].Data)
+	if err := d.compactNow(); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+
+	flipped := slices.Clone(full)
+	flipped[headerSize+50] ^= 1
+	behind := func(more string) []byte { return append(slices.Clone(full), more...) }
+	for _, c := range []struct {
+		what    string
+		data    []byte
+		isWhole bool
+	}{
+		{"whole", full, true},
+		{"with room for frames", behind(strings.Repeat("\x00", 2*frameSize)), true},
+		{"with bytes behind it", behind("rubbish"), false},
+		{"with its first frames behind it", behind(string(full[headerSize:])), false},
+		{"without its last frame", full[:len(full)-frameSize], false},
+		{"with a bit flipped", flipped, false},
+		{"with nothing but a header", full[:headerSize], false},
+		{"empty", nil, false},
+	} {
+		image := dir.With(storage.LockName, nil).With("seg-3.log", c.data)
+		_, err := openStill(image, Options{})
+		_, isThere := image.Names["seg-3.log"]
+		if isDamage := errors.As(err, new(*storage.DamageError)); isDamage == c.isWhole ||
+			isThere == c.isWhole {
+			t.Errorf("a segment %s: it is still there: %v; %v", c.what, isThere, err)
+		}
+	}
+}
+
 // Ensure that after a clean stop a start logs no warning, that even damage in the last
 // frame is noticed, and that missing, foreign and misplaced files are refused.
 func TestRefusals(t *testing.T) {

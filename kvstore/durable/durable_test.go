@@ -480,3 +480,18 @@ func makeOlder(b []byte) {
 	binary.LittleEndian.PutUint32(b[8:], oldestVersion)
 	binary.LittleEndian.PutUint32(b[60:], crc(0, b[:60]))
 }
+
+// Ensure that ParseFsync takes always, never, and the times between its bounds.
+func TestParseFsync(t *testing.T) {
+	for text, want := range map[string]time.Duration{"always": FsyncAlways, "never": FsyncNever,
+		"1ms": time.Millisecond, "1.5s": 3 * time.Second / 2, "1h": time.Hour} {
+		if fsync, ok := ParseFsync(text); fsync != want || !ok {
+			t.Errorf("%q is %v, %v, want %v", text, fsync, ok, want)
+		}
+	}
+	for _, text := range []string{"", "Always", "0", "5", "0s", "-1s", "-1ns", "999us", "1h1ns"} {
+		if fsync, ok := ParseFsync(text); ok {
+			t.Errorf("%q is taken for %v", text, fsync)
+		}
+	}
+}

@@ -698,12 +698,13 @@ func TestHealOfWhatIsChangedMeanwhile(t *testing.T) {
 }
 
 // Ensure that while a spoiled file cannot be written again, writes are refused, Deletes go on, and
-// the store tries less and less often, and that writes are taken again once it has succeeded.
+// the store tries less and less often, that writes are taken again once it has succeeded, and that
+// a later failure begins anew.
 func TestNoWritesWithoutAHeal(t *testing.T) {
-	for name, spoil := range map[string]func(dir *storetest.Dir){
-		"seg-1.log is removed":        func(dir *storetest.Dir) { dir.Remove("seg-1.log") },
-		"STORE is emptied":            func(dir *storetest.Dir) { dir.Empty(storage.StoreName) },
-		"seg-1.log has a zero header": func(dir *storetest.Dir) { zeroHeader(dir, "seg-1.log") },
+	for name, spoil := range map[string]func(dir *storetest.Dir, segment string){
+		"the segment is removed":        func(dir *storetest.Dir, s string) { dir.Remove(s) },
+		"STORE is emptied":              func(dir *storetest.Dir, _ string) { dir.Empty(storage.StoreName) },
+		"the segment has a zero header": zeroHeader,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			log := &strings.Builder{}
@@ -721,44 +722,75 @@ func TestNoWritesWithoutAHeal(t *testing.T) {
 			}
 
 			d.Put("k", "v")
-			d.Put("gone", "v")
 			<-time.After(2 * lookTime) // so that the timer has nothing more to do
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
 
-			pass := func(looks int) {
-				for range looks {
-					<-time.After(lookTime)
-					if err := d.Commit(); err != nil {
-						t.Fatalf("%s: %v", name, err)
-					}
+			for round := 1; round <= 2; round++ {
+				d.Put("gone", "v")
+				look(t, d, 1)
+				spoil(dir, d.current.header.name())
+				refuses.Store(true)
+				look(t, d, 5) // it is tried after 1, 2 and 4
+				if err := d.Room("", 2, 0); !errors.Is(err, ErrSpoiled) {
+					t.Errorf("%s: room for a Put: %v", name, err)
 				}
-			}
+				if err := roomToDelete(d, "gone"); err != nil || d.Delete("gone") != 1 {
+					t.Errorf("%s: room for a Delete: %v", name, err)
+				}
+				if n := strings.Count(log.String(), "cannot write the data again"); n != 3*round {
+					t.Errorf("%s: it was tried %d times, the log says\n%s", name, n, log)
+				}
 
-			spoil(dir)
-			refuses.Store(true)
-			pass(5) // it is tried after 1, 2 and 4
-			if err := d.Room("", 2, 0); !errors.Is(err, ErrSpoiled) {
-				t.Errorf("%s: room for a Put: %v", name, err)
-			}
-			if err := roomToDelete(d, "gone"); err != nil || d.Delete("gone") != 1 {
-				t.Errorf("%s: room for a Delete: %v", name, err)
-			}
-			if n := strings.Count(log.String(), "cannot write the data again"); n != 3 {
-				t.Errorf("%s: it was tried %d times, the log says\n%s", name, n, log)
-			}
-
-			refuses.Store(false)
-			pass(5)
-			if err := d.Room("", 2, 0); err != nil || strings.Count(log.String(), "writes are taken") != 1 {
-				t.Errorf("%s: room for a Put again: %v, the log says\n%s", name, err, log)
+				refuses.Store(false)
+				look(t, d, 5)
+				if err := d.Room("", 2, 0); err != nil ||
+					strings.Count(log.String(), "writes are taken") != round {
+					t.Errorf("%s: room for a Put again: %v, the log says\n%s", name, err, log)
+				}
 			}
 			wantAll(t, name, dir.Kill(), maps.Collect(d.All()))
 			if err := d.Close(); err != nil {
 				t.Errorf("%s: Close: %v", name, err)
 			}
 		})
+	}
+}
+
+// Ensure that a heal that fails is tried less and less often, but at least every minute.
+func TestHealIsTriedEveryMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		tries, last, longest := 0, time.Now(), time.Duration(0)
+		dir.Before = func(c storetest.Call) error {
+			if c.What != "create" || !strings.HasPrefix(c.Name, "seg-") {
+				return nil
+			}
+			tries++
+			longest = max(longest, time.Since(last))
+			last = time.Now()
+			return syscall.EPERM
+		}
+
+		dir.Remove(storage.StoreName)
+		look(t, d, 20*60)
+		if longest > compactTime+lookTime || tries < 20 || tries > 20+6 { // 6 in the first minute
+			t.Errorf("%d tries in 20 minutes, with pauses of up to %v", tries, longest)
+		}
+		dir.Before = nil
+		d.Close()
+	})
+}
+
+// look waits for this many checks of the files.
+func look(t *testing.T, d *Store, checks int) {
+	t.Helper()
+	for range checks {
+		<-time.After(lookTime)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -87,6 +87,42 @@ func TestRotationIsTriedAgain(t *testing.T) {
 	})
 }
 
+// Ensure that the log says of each failure to go on in a new file, and of each end of that, once.
+func TestRotationFailsTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, refuses, log := storetest.New(), atomic.Bool{}, &strings.Builder{}
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "create" && refuses.Load() {
+				return syscall.EMFILE
+			}
+			return nil
+		}
+		d, err := openSmall(dir, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		for range 2 {
+			for _, fails := range []bool{true, false} {
+				refuses.Store(fails)
+				for range 10 {
+					d.Put("key", strings.Repeat("v", int(d.segmentSize)/2))
+					if err := d.Commit(); err != nil {
+						t.Fatal(err)
+					}
+					<-time.After(rotateTime)
+				}
+			}
+		}
+		for _, line := range []string{"cannot go on in a new file", "goes on in a new file again"} {
+			if n := strings.Count(log.String(), line); n != 2 {
+				t.Errorf("%q is logged %d times:\n%s", line, n, log)
+			}
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a store whose rotation was killed at any call goes on, also after more
 // rotations and restarts.
 func TestKilledRotation(t *testing.T) {
@@ -869,6 +905,23 @@ func TestLargeCommitIsSplit(t *testing.T) {
 	if err != nil || end.tail != nothing || end.frames < 5 {
 		t.Errorf("after %d frames: %v, %v", end.frames, err, end.bad)
 	}
+}
+
+// Ensure that a huge record does not keep its memory.
+func TestHugeRecordKeepsNoMemory(t *testing.T) {
+	_, d := newSmall(t, Options{})
+	d.segmentSize = 1 << 40 // otherwise the next file has other memory
+	d.Set("key", strings.Repeat("v", 12<<20))
+	for range 2 {
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		d.Set("key", "v")
+	}
+	if pending, frame := cap(d.pending), cap(d.current.buf); pending+frame > 8*maxFramePut {
+		t.Errorf("%d bytes of memory are kept for records, and %d for a frame", pending, frame)
+	}
+	d.Close()
 }
 
 // Ensure that the timer's fsync during a write does not count for the bytes of that write.

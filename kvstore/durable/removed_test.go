@@ -11,6 +11,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -144,6 +146,43 @@ func TestRemovedBesideACompaction(t *testing.T) {
 			d.Close()
 		})
 	}
+}
+
+// Ensure that after a heal that waited for a compaction and could not even begin, a stop does not
+// wait for it, and that the next one succeeds.
+func TestHealCannotBeginBehindACompaction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, d := newSmall(t, Options{})
+		goOn, isBlind := make(chan struct{}), atomic.Bool{}
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
+				<-goOn
+			}
+			if c.What == "stat" && isBlind.Load() {
+				return syscall.EACCES
+			}
+			return nil
+		}
+		fillUntil(d, d.isCompacting)
+		dir.Remove(storage.StoreName)
+
+		commit := func() {
+			t.Helper()
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil || d.IsHealing() {
+				t.Errorf("a stop would wait: %v; %v", d.IsHealing(), err)
+			}
+		}
+		time.AfterFunc(2*lookTime, func() { // the Commit waits for the compaction
+			isBlind.Store(true)
+			close(goOn)
+		})
+		commit()
+		isBlind.Store(false)
+		commit()
+		wantAll(t, "without STORE", dir.Kill(), maps.Collect(d.All()))
+		d.Close()
+	})
 }
 
 // Ensure that a snapshot which somebody has renamed stays until the heal has written its own: if

@@ -487,7 +487,6 @@ func (d *Store) Commit() error {
 func (d *Store) held() error {
 	err := d.lock.Held()
 	if errors.Is(err, storage.ErrGone) {
-		d.AwaitCompaction() // a compaction removes files, too
 		err = d.lastLook()
 		if err == nil {
 			err = d.lock.Held()

@@ -282,10 +282,9 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 	// copy. So does a new one that another process has filled meanwhile, with its LOCK.
 	undo = func() {
 		names, err := os.ReadDir(path)
-		isOurs := len(names) == 0 || len(names) == 1 && names[0].Name() == LockName
-		if isNew && err == nil && isOurs {
+		if isNew && err == nil && len(names) <= 1 {
 			os.Remove(filepath.Join(path, LockName))
-			os.Remove(path)
+			os.Remove(path) // not if the one file is another
 		}
 	}
 	if err != nil {

@@ -1,10 +1,42 @@
 package storage
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"io/fs"
+	"log/slog"
 	"strings"
 	"testing"
+	"time"
 )
+
+// Ensure that the log says once at what time a certificate ends, warns of that every day of its
+// last two weeks, and says every day that it has ended.
+func TestTLSEndIsSaid(t *testing.T) {
+	end := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	log := &strings.Builder{}
+	k := &credentials{log: slog.New(slog.NewTextHandler(log, nil))}
+	k.current.Store(&tls.Config{
+		Certificates: []tls.Certificate{{Leaf: &x509.Certificate{NotAfter: end}}}})
+
+	const day = 24 * time.Hour
+	now := end.Add(-100 * day)
+	for _, c := range []struct {
+		until                 time.Duration // the end of the certificate
+		valid, soon, hasEnded int           // lines in the log by then
+	}{{90 * day, 1, 0, 0}, {14*day + 1, 1, 0, 0}, {14 * day, 1, 1, 0}, {13 * day, 1, 2, 0},
+		{time.Hour, 1, 14, 0}, {0, 1, 14, 1}, {-day + time.Hour, 1, 14, 1}, {-2 * day, 1, 14, 3}} {
+		for ; !now.After(end.Add(-c.until)); now = now.Add(time.Hour) {
+			k.warn(now)
+		}
+		text := log.String()
+		valid, soon := strings.Count(text, "is valid"), strings.Count(text, "ends soon")
+		if hasEnded := strings.Count(text, "has ended"); valid != c.valid || soon != c.soon ||
+			hasEnded != c.hasEnded {
+			t.Errorf("%v before the end: %d, %d and %d lines, want %+v", c.until, valid, soon, hasEnded, c)
+		}
+	}
+}
 
 // Ensure that a user who may not read a key is not told to look for another.
 func TestTLSKeyThatMayNotBeRead(t *testing.T) {

@@ -42,6 +42,7 @@ type fakeEtcd struct {
 	full     bool                 // it is out of space, and refuses every put
 	most     int                  // bytes of a request, at most
 	quota    int64                // bytes of the database, beyond which it becomes full; 0: none
+	is36     bool                 // the quota is in the status, and the metrics are elsewhere
 	inUse    int64                // bytes of the database beside kvs
 	past     int64                // bytes of what was replaced or removed since the last compaction
 	size     int64                // bytes of the database's file, which never shrinks
@@ -255,8 +256,11 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	}
 	answer := response{Leader: "b:1", InUse: e.measure(), Size: e.size}
 	answer.Header.Cluster, answer.Header.Member = e.id, r.URL.Host
-	quota := e.quota
+	quota, is36 := e.quota, e.is36
 	w.mu.Unlock()
+	if is36 {
+		answer.Quota = quota
+	}
 
 	switch {
 	case isDown:
@@ -264,6 +268,8 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	case isGone:
 		<-r.Context().Done()
 		return nil, r.Context().Err()
+	case strings.HasSuffix(r.URL.Path, "/metrics") && is36:
+		return &http.Response{StatusCode: http.StatusNotFound, Body: http.NoBody}, nil
 	case strings.HasSuffix(r.URL.Path, "/metrics"):
 		recorder := httptest.NewRecorder()
 		fmt.Fprintf(recorder, "# HELP etcd_server_quota_backend_bytes The quota.\n"+

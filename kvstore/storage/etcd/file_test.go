@@ -299,6 +299,43 @@ func TestEtcdLateBesideALook(t *testing.T) {
 	}
 }
 
+// Ensure that as many pieces are counted as there are, whatever was written, joined and cut off
+// before a look at them.
+func TestEtcdCountAfterALook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		defer lock.Close()
+		made, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		f, random := made.(*pieceFile), rand.New(rand.NewPCG(1, 1))
+		for i := range 250 {
+			text := []byte(randomText(1 + random.IntN(100)))
+			if random.IntN(40) == 0 {
+				text = []byte(randomText(2 * pieceFirst))
+			}
+			at := f.length()
+			if random.IntN(40) == 0 {
+				at = random.Int64N(at + 1)
+			}
+			write(t, f, &at, text)
+
+			if random.IntN(10) == 0 {
+				end := f.access.enter()
+				err = f.settle(nil)
+				end()
+			}
+			pieces := e.list(*dir.all("d/")).Count
+			if counted := dir.pieces.Load(); err != nil || counted != pieces {
+				t.Fatalf("write %d: %d pieces are counted, and %d are there: %v", i, counted, pieces, err)
+			}
+		}
+	})
+}
+
 // arrive has a transaction arrive that was sent before.
 func (e *fakeEtcd) arrive(t transaction) {
 	e.mu.Lock()
@@ -418,7 +455,7 @@ func smallSize(i int) int {
 	return 7 << 10
 }
 
-// Ensure that a reader of a large file asks for as much at a time as etcd answers.
+// Ensure that a reader of a large file asks for as much at a time as etcd answers, and not for more.
 func TestEtcdReadAhead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -430,7 +467,7 @@ func TestEtcdReadAhead(t *testing.T) {
 
 		large := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{3}).Read(large)
-		size := int64(storetest.Fewer(6, 3)) << 20
+		size := int64(storetest.Fewer(8, 4)) << 20
 		for at := int64(0); at < size; {
 			write(t, f, &at, large)
 		}
@@ -439,6 +476,14 @@ func TestEtcdReadAhead(t *testing.T) {
 		for at := int64(0); at < size; at += int64(len(large)) {
 			if n, err := f.ReadAt(large, at); n < len(large) {
 				t.Fatal(err)
+			}
+
+			got := 0
+			for _, data := range f.(*pieceFile).page {
+				got += len(data)
+			}
+			if got > pageMost {
+				t.Errorf("%d bytes are asked for at a time", got)
 			}
 		}
 

@@ -542,6 +542,48 @@ func TestEtcdRefusedByOne(t *testing.T) {
 	})
 }
 
+// Ensure that a request fails only once all members have refused it one after the other, and that
+// the error is theirs: what was before a failure that may pass does not count.
+func TestEtcdRefusedAfterAFailure(t *testing.T) {
+	refused, fails := &refusal{"etcdserver: no", 3}, &refusal{"etcdserver: no leader", 14}
+	for _, c := range []struct {
+		answers string // of a and b in turn: refused, fails, other cluster, good
+		want    error
+	}{
+		{"rffrg", nil},
+		{"rffrr", ErrRefused},
+		{"rfoo", ErrOther},
+		{"ofrr", ErrRefused},
+		{"ro", ErrRefused},
+		{"og", nil},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, _ := newFakeEtcd().dir(t, t.Context(), "")
+			n, ours := 0, "1"
+			dir.client.id.Store(&ours)
+			dir.client.http.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+				var good response
+				good.Header.Cluster = ours
+				n++
+				switch c.answers[n-1] {
+				case 'r':
+					return reply(response{}, refused), nil
+				case 'f':
+					return reply(response{}, fails), nil
+				case 'o':
+					good.Header.Cluster = "2"
+				}
+				return reply(good, nil), nil
+			})
+
+			_, err := dir.client.call(t.Context(), "kv/range", keyRange{}, 0)
+			if !errors.Is(err, c.want) || n < len(c.answers) {
+				t.Errorf("%s: after %d requests %v, want %v", c.answers, n, err, c.want)
+			}
+		})
+	}
+}
+
 // Ensure that a large value arrives over a slow link, over one with slow answers, and at a cluster
 // that takes only small requests, while the server keeps its lock, and that it can be read back.
 func TestEtcdSlow(t *testing.T) {
@@ -651,6 +693,13 @@ func TestEtcdSmallPiecesProveNothing(t *testing.T) {
 		write(t, f, &at, []byte(randomText(pieceFirst)))
 		if most := dir.client.piece.Load(); most != 2*pieceFirst {
 			t.Errorf("after a large one the next one may have %d bytes, want %d", most, 2*pieceFirst)
+		}
+
+		for most := int64(2*pieceFirst - 1); most > pieceLeast; most = dir.client.piece.Load() {
+			dir.client.wasTooMuch(int(most))
+		}
+		if most := dir.client.piece.Load(); most != pieceLeast {
+			t.Errorf("over the slowest link a piece may have %d bytes, want %d", most, pieceLeast)
 		}
 		lock.Close()
 	})

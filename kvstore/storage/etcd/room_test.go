@@ -190,6 +190,105 @@ func TestEtcdQuota(t *testing.T) {
 	})
 }
 
+// Ensure that the quota counts whether members have it in their metrics, or in their status, as
+// etcd 3.6 has; and that one that was raised is noticed there.
+func TestEtcdQuotaOfAnyVersion(t *testing.T) {
+	for _, is36 := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			const quota = 8 << 20
+			e := newFakeEtcd()
+			e.quota, e.is36 = quota, is36
+			dir, _, lock := e.locked(t)
+
+			<-time.After(surveyTime)
+			if dir.RoomFor(quota/2, 0, false) != nil || dir.RoomFor(quota, 0, false) == nil {
+				t.Errorf("3.6 %v: the quota of %d bytes does not count", is36, quota)
+			}
+
+			if segment, _, _ := dir.directory.Sizes(); segment != quota/16 {
+				t.Errorf("3.6 %v: segments of %d bytes at a quota of %d", is36, segment, quota)
+			}
+
+			e.mu.Lock()
+			e.quota = 3 * quota
+			e.mu.Unlock()
+			<-time.After(2 * surveyTime)
+			if is36 && dir.RoomFor(quota, 0, false) != nil {
+				t.Error("a raised quota is not noticed")
+			}
+			lock.Close()
+		})
+	}
+}
+
+// Ensure that etcd is asked again to forget old revisions if no member has answered, and not if one
+// has.
+func TestEtcdForgetsAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "")
+		e.put("key", "value")
+		c := dir.client
+		c.garbage.Store(garbageMost)
+
+		for _, isCut := range []bool{true, false} {
+			w.setCut(isCut)
+			c.forget(t.Context(), false)
+			if has := e.forgot > 0; has == isCut || (c.garbage.Load() == 0) != has {
+				t.Errorf("cut off %v: revision %d is forgotten, %d bytes are not", isCut, e.forgot,
+					c.garbage.Load())
+			}
+		}
+	})
+}
+
+// Ensure that all bytes of a removed file, and what its pieces take beside them, count as what etcd
+// is to forget.
+func TestEtcdGarbageOfAFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		_, otherErr := dir.Create("other")
+		f, err := dir.Create("file")
+		if err := errors.Join(err, otherErr); err != nil {
+			t.Fatal(err)
+		}
+
+		at := int64(0)
+		for range 2*joinMost + 10 {
+			write(t, f, &at, []byte("small"))
+		}
+		pieces := e.list(*dir.all("d/")).Count
+		before := dir.client.garbage.Load()
+		if err := dir.Remove("file"); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := dir.client.garbage.Load()-before, at+pieces*pieceExtra; got != want {
+			t.Errorf("a file of %d bytes in %d pieces is %d bytes of garbage, want %d", at, pieces, got,
+				want)
+		}
+		lock.Close()
+	})
+}
+
+// Ensure that of what was written before only much data is hoped to shrink as that did.
+func TestEtcdRoomForWhatMayNotShrink(t *testing.T) {
+	dir, _ := newFakeEtcd().dir(t, t.Context(), "")
+	r := &dir.client.room
+	r.quota.Store(80 << 20)
+	r.spent.Store(1 << 20)
+	r.plain.Store(10 << 20)
+	for size, room := range map[int64]int64{pieceMost: pieceMost, 3 * pieceMost: 3 * pieceMost / 10} {
+		margin := int64(10 << 20)
+		for _, more := range []int64{0, -1} {
+			r.limit.Store(r.spent.Load() + margin + room + more)
+			if err := dir.RoomFor(size, 0, false); (err == nil) != (more == 0) {
+				t.Errorf("room for %d bytes where there is room for %d: %v", size, room+more, err)
+			}
+		}
+	}
+}
+
 // roundTrip is an http.RoundTripper.
 type roundTrip func(r *http.Request) (*http.Response, error)
 
