@@ -1517,27 +1517,8 @@ func TestTurnsBesideStalls(t *testing.T) {
 }
 
 func TestTurnsOfLightClients(t *testing.T) { protocol.TurnsOfLightClients(t, serveOn) }
-
-// Ensure that a client whose request took very long waits for hardly more than a round of each
-// other client, and not until each has had as much.
 func TestTurnsAfterALongRequest(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		takes := time.Second
-		n.server.db = protocol.LazyStore{Memory: kvstore.NewMemory(), Takes: func() time.Duration { return takes }}
-		a := n.DialAck(t)
-		a.Ask("Update:k:a:b", ":OK 0")
-
-		takes = time.Millisecond
-		others := n.DialMany(t, 5, func(_ int, o *protocol.Client) {
-			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
-		})
-
-		world.Pass(10 * takes)
-		is.Within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
-		for _, o := range others {
-			o.Want(":PONG")
-		}
-	})
+	protocol.TurnsAfterALongRequest(t, serveOn, maxRound)
 }
 
 // chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to
@@ -4078,50 +4059,9 @@ func TestOutboxAllocations(t *testing.T) {
 // seenSlow is the time in which a client that reads nothing is noticed to be slow.
 const seenSlow = slowAfter + 2*lookTime
 
-// Ensure that a client that reads nothing keeps at least the promised queue, loses the rest, is
-// told how much, and delays nobody.
 func TestSlowReaderDelaysOnlyItself(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 625)
-		n.fill("k", value, 1)
-
-		other, slow := n.Dial(t), n.Dial(t)
-		const owed = 10 * kilo // more than the queue holds
-		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
-
-		is.Within(t, 0, 0, func() {
-			for i := range 100 {
-				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
-			}
-		})
-
-		synctest.Wait()
-		other.Ask("Get:after") // not run yet: the slow client waits for itself
-		other.Ask("Ping", ":PONG")
-		world.Pass(slowAfter - 1)
-		other.Ask("Get:after")
-		world.Pass(1 + seenSlow - slowAfter)
-		other.Ask("Get:after", "after:1") // its writes take effect
-
-		delivered := 0
-		for {
-			line := slow.Read()
-			if line != "k:"+value {
-				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
-					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
-				}
-				break
-			}
-			delivered++
-		}
-
-		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
-		is.Between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
-
-		slow.Ask("Ping", ":PONG") // counted once
-		other.WantStat("replies_dropped_total", owed-delivered)
-		slow.Ask("Get:after", "after:1")
-	})
+	onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
+	protocol.SlowReaderDelaysOnlyItself(t, serveEmpty, onTheWay)
 }
 
 func TestSlowReaderRecovers(t *testing.T) { protocol.SlowReaderRecovers(t, serveEmpty) }
@@ -4312,26 +4252,7 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 	})
 }
 
-// Ensure that after Quit the server ends its side, and waits for the client to end its own, but not
-// for long.
-func TestEndByQuit(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.Send("Ping\nQuit\nPut:k:v\n")
-		a.Want(":PONG")
-		is.Within(t, 0, 0, a.WantClosed)
-
-		a.Send("Put:k:v\nGet:k\n") // read, but not run
-		world.Pass(drainTime)
-		if _, err := a.Conn.Write([]byte("x")); err == nil {
-			t.Errorf("the connection is open %v after Quit", drainTime)
-		}
-
-		a.Close()
-		is.Equal(t, "clients", n.server.CountActive(), 0)
-	})
-}
-
+func TestEndByQuit(t *testing.T)      { protocol.EndByQuit(t, serveEmpty) }
 func TestEndByHalfClose(t *testing.T) { protocol.EndByHalfClose(t, serveTCP(t)) }
 
 // Ensure that bytes after a goodbye are not even looked at.

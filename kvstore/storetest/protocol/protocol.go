@@ -38,7 +38,8 @@ const (
 	lineTime  = 30 * time.Second // from a line's first byte to its end
 	slowAfter = time.Second      // a client that reads nothing may be slow then
 	seenSlow  = slowAfter * 6 / 5
-	kept      = 500 // replies, for a slow client
+	kept      = 500         // replies, for a slow client
+	drainTime = time.Second // for a client to take its last replies
 
 	// A server looks this often for lines that are late, and for clients that wait and have gone.
 	lookTime = time.Second

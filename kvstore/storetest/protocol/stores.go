@@ -212,6 +212,28 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 	}
 }
 
+// TurnsAfterALongRequest ensures that a client whose request took very long waits for hardly more
+// than a round of each other client, and not until each has had as much.
+func TurnsAfterALongRequest(t *testing.T, start StartOn, round time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		takes := time.Second
+		n := start.on(t, LazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		a := n.DialAck(t)
+		a.Ask("Update:k:a:b", ":OK 0")
+
+		takes = time.Millisecond
+		others := n.DialMany(t, 5, func(_ int, o *Client) {
+			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
+		})
+
+		world.Pass(10 * takes)
+		is.Within(t, 0, 2*round*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
+		for _, o := range others {
+			o.Want(":PONG")
+		}
+	})
+}
+
 // span returns the least and the most of numbers.
 func span(numbers []atomic.Int64) (least, most int64) {
 	least = math.MaxInt64
