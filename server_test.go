@@ -578,6 +578,8 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 
 func TestSignalsWhileLoading(t *testing.T) { command.SignalsWhileLoading(t, binary) }
 func TestSignalsStopCleanly(t *testing.T)  { command.SignalsStopCleanly(t, binary) }
+func TestSignalsTwice(t *testing.T)        { command.SignalsTwice(t, binary) }
+func TestSignalsOnATerminal(t *testing.T)  { command.SignalsOnATerminal(t, binary) }
 
 // Ensure that a stop takes the time that it needs where all data has to be written again first.
 func TestSignalsWhileAllDataIsWritten(t *testing.T) {
