@@ -1968,16 +1968,7 @@ func TestMemoryLimit(t *testing.T) {
 			n.server.budget.other.Add(100)
 		}
 		refuse("Put:short:2")
-		refuse("Set:short:22") // longer than what it replaces
-
 		a.Ask("Get:short", "short:1", ":OK 1")
-		synctest.Wait()
-		a.Ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
-		a.Ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
-			":OK 0", ":OK 0", ":OK 0", ":OK 0")
-		a.Ask("Set:short:", ":OK 1")
-		a.Ask("Set:short:", ":OK 1")
-		refuse("Set:new:") // a key takes memory
 
 		n.server.budget.other.Store(0)
 		a.Ask("Delete:1", ":OK 1")
@@ -1990,6 +1981,13 @@ func TestMemoryLimit(t *testing.T) {
 		a.HangUp()
 		is.Equal(t, "lines of log that say so", strings.Count(n.log.Take(), "the memory is full"), 1)
 	})
+}
+
+func TestMemoryLimitRefusesWhatAdds(t *testing.T) {
+	protocol.FullMemoryRefusesWhatAdds(t, serveOn, serveFull)
+}
+func TestMemoryLimitCollectsSeldom(t *testing.T) {
+	protocol.FullMemoryCollectsSeldom(t, serveFull, collectTime)
 }
 
 // Ensure that a start says so if the data takes more than -max-memory leaves for it.
@@ -2795,36 +2793,38 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 	}
 }
 
-// Ensure that a line which had to wait for memory has two ticks to come, as any other.
+// Ensure that a line which had to wait for memory has two ticks to come, as any other, even if it
+// hardly came before.
 func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		n.server.budget.limitTo(64<<20, 0)
-		n.server.budget.inputs.Add(n.server.budget.forInput())
-		first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+	for _, before := range []int{0, 30 * kilo} { // bytes that come two ticks earlier
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(64<<20, 0)
+			first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+			a.Send("Put:k:" + strings.Repeat("v", before))
+			first.Send("Put:k:")
+			other.Send("Put:k:")
+			world.Pass(quietAfter * 9 / 4)
 
-		for _, c := range []*protocol.Client{first, a, other} {
-			c.Send("Put:k:")
-		}
+			// There is memory for one line: that of a has to wait for the first.
+			n.server.budget.inputs.Add(n.server.budget.forInput())
+			for _, c := range []*protocol.Client{first, a} {
+				go c.SendSome(strings.Repeat("v", 5*kilo))
+				world.Pass(lookTime * 3 / 2) // it has its slot
+			}
 
-		// There is memory for one line: that of a has to wait for the first.
-		world.Pass(quietAfter * 5 / 4)
-		for _, c := range []*protocol.Client{first, a} {
-			go c.SendSome(strings.Repeat("v", 5*kilo))
-			world.Pass(lookTime * 3 / 2) // it has its slot
-		}
+			world.Pass(quietAfter)
+			first.Ask("", ":OK 1") // from here on the line of a may have the memory
 
-		world.Pass(quietAfter)
-		first.Ask("", ":OK 1") // from here on the line of a may have the memory
+			world.Pass(lookTime)
+			go other.SendSome(strings.Repeat("v", 5*kilo))
+			world.Pass(quietAfter * 3 / 2)
+			a.Ask("", ":OK 1")
 
-		world.Pass(lookTime)
-		go other.SendSome(strings.Repeat("v", 5*kilo))
-		world.Pass(quietAfter * 3 / 2)
-		a.Ask("", ":OK 1")
-
-		n.server.budget.inputs.Add(-n.server.budget.forInput())
-		closeClients([]*protocol.Client{first, a, other})
-	})
+			n.server.budget.inputs.Add(-n.server.budget.forInput())
+			closeClients([]*protocol.Client{first, a, other})
+		})
+	}
 }
 
 // Ensure that of two replies only the one that is not in messages yet keeps values.
@@ -2971,28 +2971,32 @@ func TestMaxQueues(t *testing.T) {
 }
 
 // Ensure that replies that wait behind a Ping keep to the limit of all queues as well: they are
-// dropped if that is allowed, and otherwise their client is disconnected.
+// dropped if that is allowed, and each of them is counted, however long that lasts.
 func TestMaxQueuesBehindAPing(t *testing.T) {
-	for _, behind := range []string{"Update:list:v:v\nGet:list\n", "Stats\n", "Take:small\n"} {
+	for i, behind := range []string{"Stats\n", "Take:small\n", "Update:list:v:v\nGet:list\n",
+		"Update:list:v:v\nGet:list\n", "Update:list:v:v\nGet:list\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			const limit = 1 << 20
+			const limit, values, times = 1 << 20, 20 * kilo, 120
 			n.server.budget.maxQueues = limit
-			n.fill("list", "v", 20*kilo)
+			n.fill("list", "v", values)
 			n.fill("small", strings.Repeat("v", kilo), 1)
 
 			mute, other := n.Dial(t), n.Dial(t)
 			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
 			world.Pass(2 * seenSlow)
-			mute.Send("Ping\n" + strings.Repeat(behind, 120))
+			mute.Send("Ping\n" + strings.Repeat(behind, times) + "Ping\n")
 
 			// All queues are full for long enough to notice that a client is slow.
 			n.server.budget.queued.Add(limit)
-			world.Pass(2 * seenSlow)
+			world.Pass(2*seenSlow + time.Duration(i)*slowAfter)
 			n.server.budget.queued.Add(-limit)
 
 			is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
 			is.Equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
-			mute.Close()
+			if small, lines := mute.Count("small:"), mute.Count(""); strings.Contains(behind, "Get") {
+				is.Equal(t, "Gets that are answered, or counted as dropped",
+					small+lines/values+other.Stat("replies_dropped_total"), 3*maxBufferSize+times)
+			}
 		})
 	}
 }
@@ -4502,6 +4506,18 @@ func serveEmpty(t *testing.T) *protocol.Net {
 // serveOn starts a server on a store for a test of package protocol.
 func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {
 	n := newFakeNet()
+	n.server.db = db
+	n.start(t)
+	t.Cleanup(n.server.Close)
+	return n.Net
+}
+
+// serveFull is serveOn for a server whose memory is full.
+func serveFull(t *testing.T, db kvstore.Store) *protocol.Net {
+	n := newFakeNet()
+	b := &n.server.budget
+	b.limitTo(1<<30, 0)
+	b.other.Store(b.forData())
 	n.server.db = db
 	n.start(t)
 	t.Cleanup(n.server.Close)

@@ -11,6 +11,7 @@
 //	readers.go        clients that do not read, and those that read steadily
 //	stores.go         stores that are slow, full or plain, and what a server makes of them
 //	commits.go        what waits for a Commit, and what shares one
+//	memory.go         a server whose memory is full
 //	readme.go         the sessions that the README shows
 //	process.go        a server that is a process
 //	killed.go         one that is killed again and again
