@@ -13,7 +13,7 @@
 // What a test says in one line needs nothing of package main: as protocol.SlowLine a connection to
 // the server, and as command.TLS the program. It stands in that package in kvstore/storetest.
 //
-// The store has its own tests in kvstore/.
+// The store has its own tests in kvstore/. What only Linux can tell is in listen_linux_test.go.
 //
 // The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$'
 // ./... finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its
@@ -3207,6 +3207,16 @@ func TestListenOnLocalhost(t *testing.T) {
 
 	binary.Prints(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
 	binary.Prints(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
+
+	// A port that is free at only one of the addresses is refused, too.
+	for _, host := range hosts {
+		taken, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+		is.OK(t, err)
+		_, port, _ := net.SplitHostPort(taken.Addr().String())
+		listeners, err := listen("localhost:" + port)
+		is.Equal(t, "localhost, with the port taken at "+host+", is refused", isAny(err, inUse...), true)
+		closeAll(append(listeners, taken))
+	}
 }
 
 func TestListenOnSeveralAddresses(t *testing.T) {
