@@ -3439,6 +3439,25 @@ func TestWatchBeforeTheData(t *testing.T) {
 	}
 }
 
+// Ensure that times are told in seconds.
+func TestWatchTellsSeconds(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		s := n.server
+		s.status, s.logged = new(storage.Status), new(logCounts)
+		s.log = slog.New(slog.NewTextHandler(&n.log, &slog.HandlerOptions{ReplaceAttr: s.logged.note}))
+		s.db = &protocol.SlowStore{Memory: kvstore.NewMemory(), Takes: 3 * time.Second}
+		s.status.Set("")
+
+		n.DialAck(t).Ask("Put:k:v", ":OK 1")
+		s.status.Confirm(time.Now())
+		world.Pass(57 * time.Second)
+		s.log.Error("the test has failed")
+		wantPage(t, s.watchHandler(""), "/metrics", 200, "\nkvserver_uptime_seconds 60\n",
+			"\nkvserver_commit_seconds_sum 3\n", "\nkvserver_lock_age_seconds 57\n",
+			fmt.Sprintf("\nkvserver_last_error_timestamp_seconds %d\n", time.Now().Unix()))
+	})
+}
+
 // Ensure that the HTTP side has limits like the front: few connections, one short profile at a
 // time, and no answer for a page that used another host name.
 func TestWatchIsLimited(t *testing.T) {
@@ -4348,7 +4367,8 @@ func TestWriteTimeout(t *testing.T) {
 func TestConversations(t *testing.T) { protocol.Conversations(t, serveEmpty, helpLines) }
 
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
-// counter in Stats, and is recognized with a typing error.
+// counter in Stats, and is recognized with a typing error; and that each word of other programs is
+// in the conversations.
 func TestEveryRequest(t *testing.T) {
 	var said strings.Builder
 	for _, c := range protocol.All(helpLines) {
@@ -4373,6 +4393,10 @@ func TestEveryRequest(t *testing.T) {
 				t.Errorf("%s is not in %s", v.name, where)
 			}
 		}
+	}
+
+	for word := range dialects {
+		is.In(t, "the conversations", asked, "\n"+word+" ")
 	}
 }
 
