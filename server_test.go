@@ -1084,40 +1084,54 @@ func TestCounts(t *testing.T) {
 	})
 }
 
+// closeStates are states of a client when the server closes, and how long Close may take then.
+var closeStates = []struct {
+	name  string
+	begin func(a *protocol.Client)
+	most  time.Duration
+}{
+	{"idle", func(a *protocol.Client) {}, 0},
+	{"quiet", func(a *protocol.Client) { a.Ask("Ping", ":PONG") }, busyTime},
+	{"inside a line", func(a *protocol.Client) { a.Send("Put:k:") }, busyTime},
+	{"inside a long line", func(a *protocol.Client) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+	{"after a burst", func(a *protocol.Client) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+	{"sending when it sees the end", func(a *protocol.Client) {
+		a.Ask("Ping", ":PONG")
+		go func() { // a pause ends the connection, not the time since the end
+			a.WantClosed()
+			for i := range 20 {
+				if _, err := io.WriteString(a.Conn, "more\n"); err != nil {
+					a.T.Errorf("line %d of 20: %v", i+1, err)
+					return
+				}
+				<-time.After(busyTime / 2)
+			}
+		}()
+	}, 11 * busyTime},
+	{"half-closed", func(a *protocol.Client) { a.Conn.CloseWrite() }, 0},
+	{"gone", func(a *protocol.Client) { a.Close() }, 0},
+	{"after Quit", func(a *protocol.Client) { a.Send("Quit\n") }, drainTime},
+	{"waiting for a snapshot", func(a *protocol.Client) { a.Send("Keys\n") }, 0},
+	{"not reading", func(a *protocol.Client) { a.Send("Get:big\n") }, closeTime + busyTime},
+	{"not reading, ack", func(a *protocol.Client) {
+		a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
+	}, closeTime + busyTime},
+	{"sending on and on", func(a *protocol.Client) {
+		go func() {
+			for {
+				if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
+					return
+				}
+				<-time.After(busyTime / 2)
+			}
+		}()
+	}, busyTime + drainTime},
+}
+
 // Ensure that Close is bounded in time in every state of the clients, and that it ends every
 // goroutine (a bubble does not end while one is left).
 func TestCloseInEveryState(t *testing.T) {
-	states := []struct {
-		name  string
-		begin func(a *protocol.Client)
-		most  time.Duration
-	}{
-		{"idle", func(a *protocol.Client) {}, 0},
-		{"quiet", func(a *protocol.Client) { a.Ask("Ping", ":PONG") }, busyTime},
-		{"inside a line", func(a *protocol.Client) { a.Send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *protocol.Client) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
-		{"after a burst", func(a *protocol.Client) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
-		{"half-closed", func(a *protocol.Client) { a.Conn.CloseWrite() }, 0},
-		{"gone", func(a *protocol.Client) { a.Close() }, 0},
-		{"after Quit", func(a *protocol.Client) { a.Send("Quit\n") }, drainTime},
-		{"waiting for a snapshot", func(a *protocol.Client) { a.Send("Keys\n") }, 0},
-		{"not reading", func(a *protocol.Client) { a.Send("Get:big\n") }, closeTime + busyTime},
-		{"not reading, ack", func(a *protocol.Client) {
-			a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
-		}, closeTime + busyTime},
-		{"sending on and on", func(a *protocol.Client) {
-			go func() {
-				for {
-					if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
-						return
-					}
-					<-time.After(busyTime / 2)
-				}
-			}()
-		}, busyTime + drainTime},
-	}
-
-	for _, s := range states {
+	for _, s := range closeStates {
 		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
 			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1432,14 +1446,19 @@ func TestMaxClients(t *testing.T) {
 		c := n.Dial(t)
 		c.Ask("Ping", ":PONG")
 
-		// As many as are turned away at a time stay, and one more client is told all the same.
+		// Of those who are turned away at a time all are told, and so many may stay for a while.
 		world.Pass(time.Minute)
-		for range maxRejecting { // none of them reads or closes
-			defer n.Dial(t).Close()
+		stay := 0
+		for range maxRejecting + 3 { // none of them closes
+			d := n.Dial(t)
+			defer d.Close()
+			d.Want(":ERROR line 0: server is full (2 clients)")
+			d.WantClosed()
+			if _, err := d.Conn.Write([]byte("x")); err == nil {
+				stay++
+			}
 		}
-		d := n.Dial(t)
-		d.Want(":ERROR line 0: server is full (2 clients)")
-		d.WantClosed()
+		is.Equal(t, "clients that stay", stay, maxRejecting)
 
 		is.Within(t, 0, drainTime, n.server.Close)
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
