@@ -1499,7 +1499,8 @@ func TestMaxClientsLeaveMemory(t *testing.T) {
 		for _, asked := range []int{most, most + 1} {
 			applyLimits(s, config{maxClients: asked, maxMemory: 64e6})
 			is.Equal(t, "clients", s.maxClients, most)
-			is.Equal(t, "lines of log", strings.Count(log.String(), "-max-memory has no room"), asked-most)
+			is.Equal(t, "lines of log", strings.Count(log.String(),
+				`level=INFO msg="fewer clients than -max-clients: -max-memory has no room`), asked-most)
 		}
 	}
 }
@@ -3766,16 +3767,7 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 	}
 }
 
-// Ensure that a store that cannot list its keys says so.
-func TestDumpOfAStoreThatCannotList(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
-		a := n.Dial(t)
-		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
-		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
-		a.Ask("Ping", ":PONG")
-	})
-}
+func TestDumpOfAStoreThatCannotList(t *testing.T) { protocol.DumpOfAStoreThatCannotList(t, serveOn) }
 
 // Ensure that a Dump, sent back line by line, restores every value, whatever bytes it holds.
 func TestDumpRestores(t *testing.T) {
@@ -4159,6 +4151,23 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Ensure that a reader at steadyRate does not count as slow, though its socket holds much and it
+// pauses.
+func TestSteadyReaderMayPause(t *testing.T) {
+	for pause := time.Second; pause <= 3*time.Second; pause += time.Second {
+		synctest.Test(t, func(t *testing.T) {
+			conn, reader, told := paced()
+			conn.Conn.(*world.Conn).SetWriteBuffer(6 << 20)
+			go conn.Write(make([]byte, 2*socketMost))
+			for left := 2 * socketMost; left > 0; left -= int(steadyRate * pause.Seconds()) {
+				world.Pass(pause)
+				io.CopyN(io.Discard, reader, min(int64(left), int64(steadyRate*pause.Seconds())))
+			}
+			is.Equal(t, fmt.Sprint("times that it was slow, with pauses of ", pause), len(told), 0)
+		})
+	}
 }
 
 // Ensure that a client does not count as slow too early if the first tick of a Write ends at a
@@ -4572,7 +4581,6 @@ func serveFull(t *testing.T, db kvstore.Store) *protocol.Net {
 	b.limitTo(1<<30, 0)
 	b.other.Store(b.forData())
 	n.server.db = db
-	n.start(t)
 	t.Cleanup(n.server.Close)
 	return n.Net
 }

@@ -151,6 +151,16 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 	}
 }
 
+// DumpOfAStoreThatCannotList ensures that a store that cannot list its keys says so.
+func DumpOfAStoreThatCannotList(t *testing.T, start StartOn) {
+	synctest.Test(t, func(t *testing.T) {
+		a := start.on(t, kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})).Dial(t)
+		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
+		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
+		a.Ask("Ping", ":PONG")
+	})
+}
+
 // TurnsOfLightClients ensures that a client that asks for little waits for one or two turns of
 // other clients, not for one of each, whether they send one long request at a time, a short one
 // between two long ones, or many in one chain, and most often for none behind it; and that the
