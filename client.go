@@ -2057,7 +2057,7 @@ type pacedConn struct {
 	taken   atomic.Int64 // bytes in all; for noteWait
 
 	// The connection took bytes after a pause. So the client reads: if its sockets had had room,
-	// they would have taken these bytes without a pause. False again when the client is slow.
+	// they would have taken these bytes without a pause.
 	resumed bool
 }
 
@@ -2104,7 +2104,6 @@ func (p *pacedConn) Write(b []byte) (n int, err error) {
 		} else {
 			if stalled += tick; stalled >= p.patience() {
 				tick = slowAfter // look less often
-				p.resumed = false
 				p.tell(false)
 			}
 			if most := p.server.writeTimeout; most > 0 && stalled >= most {

@@ -13,7 +13,7 @@
 // What a test says in one line needs nothing of package main: as protocol.SlowLine a connection to
 // the server, and as command.TLS the program. It stands in that package in kvstore/storetest.
 //
-// The store has its own tests in kvstore/.
+// The store has its own tests in kvstore/. What only Linux can tell is in listen_linux_test.go.
 //
 // The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$'
 // ./... finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its
@@ -578,6 +578,8 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 
 func TestSignalsWhileLoading(t *testing.T) { command.SignalsWhileLoading(t, binary) }
 func TestSignalsStopCleanly(t *testing.T)  { command.SignalsStopCleanly(t, binary) }
+func TestSignalsTwice(t *testing.T)        { command.SignalsTwice(t, binary) }
+func TestSignalsOnATerminal(t *testing.T)  { command.SignalsOnATerminal(t, binary) }
 
 // Ensure that a stop takes the time that it needs where all data has to be written again first.
 func TestSignalsWhileAllDataIsWritten(t *testing.T) {
@@ -1082,40 +1084,54 @@ func TestCounts(t *testing.T) {
 	})
 }
 
+// closeStates are states of a client when the server closes, and how long Close may take then.
+var closeStates = []struct {
+	name  string
+	begin func(a *protocol.Client)
+	most  time.Duration
+}{
+	{"idle", func(a *protocol.Client) {}, 0},
+	{"quiet", func(a *protocol.Client) { a.Ask("Ping", ":PONG") }, busyTime},
+	{"inside a line", func(a *protocol.Client) { a.Send("Put:k:") }, busyTime},
+	{"inside a long line", func(a *protocol.Client) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
+	{"after a burst", func(a *protocol.Client) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
+	{"sending when it sees the end", func(a *protocol.Client) {
+		a.Ask("Ping", ":PONG")
+		go func() { // a pause ends the connection, not the time since the end
+			a.WantClosed()
+			for i := range 20 {
+				if _, err := io.WriteString(a.Conn, "more\n"); err != nil {
+					a.T.Errorf("line %d of 20: %v", i+1, err)
+					return
+				}
+				<-time.After(busyTime / 2)
+			}
+		}()
+	}, 11 * busyTime},
+	{"half-closed", func(a *protocol.Client) { a.Conn.CloseWrite() }, 0},
+	{"gone", func(a *protocol.Client) { a.Close() }, 0},
+	{"after Quit", func(a *protocol.Client) { a.Send("Quit\n") }, drainTime},
+	{"waiting for a snapshot", func(a *protocol.Client) { a.Send("Keys\n") }, 0},
+	{"not reading", func(a *protocol.Client) { a.Send("Get:big\n") }, closeTime + busyTime},
+	{"not reading, ack", func(a *protocol.Client) {
+		a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
+	}, closeTime + busyTime},
+	{"sending on and on", func(a *protocol.Client) {
+		go func() {
+			for {
+				if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
+					return
+				}
+				<-time.After(busyTime / 2)
+			}
+		}()
+	}, busyTime + drainTime},
+}
+
 // Ensure that Close is bounded in time in every state of the clients, and that it ends every
 // goroutine (a bubble does not end while one is left).
 func TestCloseInEveryState(t *testing.T) {
-	states := []struct {
-		name  string
-		begin func(a *protocol.Client)
-		most  time.Duration
-	}{
-		{"idle", func(a *protocol.Client) {}, 0},
-		{"quiet", func(a *protocol.Client) { a.Ask("Ping", ":PONG") }, busyTime},
-		{"inside a line", func(a *protocol.Client) { a.Send("Put:k:") }, busyTime},
-		{"inside a long line", func(a *protocol.Client) { a.Send(strings.Repeat("x", testMaxLine*3)) }, busyTime},
-		{"after a burst", func(a *protocol.Client) { a.Send(strings.Repeat("Put:k:v\n", 5000)) }, 2 * busyTime},
-		{"half-closed", func(a *protocol.Client) { a.Conn.CloseWrite() }, 0},
-		{"gone", func(a *protocol.Client) { a.Close() }, 0},
-		{"after Quit", func(a *protocol.Client) { a.Send("Quit\n") }, drainTime},
-		{"waiting for a snapshot", func(a *protocol.Client) { a.Send("Keys\n") }, 0},
-		{"not reading", func(a *protocol.Client) { a.Send("Get:big\n") }, closeTime + busyTime},
-		{"not reading, ack", func(a *protocol.Client) {
-			a.SendSome("Ack\n" + strings.Repeat("Get:big\n", 300))
-		}, closeTime + busyTime},
-		{"sending on and on", func(a *protocol.Client) {
-			go func() {
-				for {
-					if _, err := a.Conn.Write([]byte("Put:on:on\n")); err != nil {
-						return
-					}
-					<-time.After(busyTime / 2)
-				}
-			}()
-		}, busyTime + drainTime},
-	}
-
-	for _, s := range states {
+	for _, s := range closeStates {
 		for _, after := range []time.Duration{0, time.Second / 2, time.Minute} {
 			t.Run(fmt.Sprint(s.name, " ", after), func(t *testing.T) {
 				inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1430,14 +1446,19 @@ func TestMaxClients(t *testing.T) {
 		c := n.Dial(t)
 		c.Ask("Ping", ":PONG")
 
-		// As many as are turned away at a time stay, and one more client is told all the same.
+		// Of those who are turned away at a time all are told, and so many may stay for a while.
 		world.Pass(time.Minute)
-		for range maxRejecting { // none of them reads or closes
-			defer n.Dial(t).Close()
+		stay := 0
+		for range maxRejecting + 3 { // none of them closes
+			d := n.Dial(t)
+			defer d.Close()
+			d.Want(":ERROR line 0: server is full (2 clients)")
+			d.WantClosed()
+			if _, err := d.Conn.Write([]byte("x")); err == nil {
+				stay++
+			}
 		}
-		d := n.Dial(t)
-		d.Want(":ERROR line 0: server is full (2 clients)")
-		d.WantClosed()
+		is.Equal(t, "clients that stay", stay, maxRejecting)
 
 		is.Within(t, 0, drainTime, n.server.Close)
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
@@ -1478,7 +1499,8 @@ func TestMaxClientsLeaveMemory(t *testing.T) {
 		for _, asked := range []int{most, most + 1} {
 			applyLimits(s, config{maxClients: asked, maxMemory: 64e6})
 			is.Equal(t, "clients", s.maxClients, most)
-			is.Equal(t, "lines of log", strings.Count(log.String(), "-max-memory has no room"), asked-most)
+			is.Equal(t, "lines of log", strings.Count(log.String(),
+				`level=INFO msg="fewer clients than -max-clients: -max-memory has no room`), asked-most)
 		}
 	}
 }
@@ -1517,27 +1539,8 @@ func TestTurnsBesideStalls(t *testing.T) {
 }
 
 func TestTurnsOfLightClients(t *testing.T) { protocol.TurnsOfLightClients(t, serveOn) }
-
-// Ensure that a client whose request took very long waits for hardly more than a round of each
-// other client, and not until each has had as much.
 func TestTurnsAfterALongRequest(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		takes := time.Second
-		n.server.db = protocol.LazyStore{Memory: kvstore.NewMemory(), Takes: func() time.Duration { return takes }}
-		a := n.DialAck(t)
-		a.Ask("Update:k:a:b", ":OK 0")
-
-		takes = time.Millisecond
-		others := n.DialMany(t, 5, func(_ int, o *protocol.Client) {
-			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
-		})
-
-		world.Pass(10 * takes)
-		is.Within(t, 0, 2*maxRound*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
-		for _, o := range others {
-			o.Want(":PONG")
-		}
-	})
+	protocol.TurnsAfterALongRequest(t, serveOn, maxRound)
 }
 
 // chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to
@@ -1985,16 +1988,7 @@ func TestMemoryLimit(t *testing.T) {
 			n.server.budget.other.Add(100)
 		}
 		refuse("Put:short:2")
-		refuse("Set:short:22") // longer than what it replaces
-
 		a.Ask("Get:short", "short:1", ":OK 1")
-		synctest.Wait()
-		a.Ask("Update:short:1:2", ":OK 1") // a request that adds nothing is never refused
-		a.Ask("Add:short:3\nLease:short:9:3\nSwap:short:3:long\nExpire:nope:9",
-			":OK 0", ":OK 0", ":OK 0", ":OK 0")
-		a.Ask("Set:short:", ":OK 1")
-		a.Ask("Set:short:", ":OK 1")
-		refuse("Set:new:") // a key takes memory
 
 		n.server.budget.other.Store(0)
 		a.Ask("Delete:1", ":OK 1")
@@ -2007,6 +2001,13 @@ func TestMemoryLimit(t *testing.T) {
 		a.HangUp()
 		is.Equal(t, "lines of log that say so", strings.Count(n.log.Take(), "the memory is full"), 1)
 	})
+}
+
+func TestMemoryLimitRefusesWhatAdds(t *testing.T) {
+	protocol.FullMemoryRefusesWhatAdds(t, serveOn, serveFull)
+}
+func TestMemoryLimitCollectsSeldom(t *testing.T) {
+	protocol.FullMemoryCollectsSeldom(t, serveFull, collectTime)
 }
 
 // Ensure that a start says so if the data takes more than -max-memory leaves for it.
@@ -2812,36 +2813,38 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 	}
 }
 
-// Ensure that a line which had to wait for memory has two ticks to come, as any other.
+// Ensure that a line which had to wait for memory has two ticks to come, as any other, even if it
+// hardly came before.
 func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		n.server.budget.limitTo(64<<20, 0)
-		n.server.budget.inputs.Add(n.server.budget.forInput())
-		first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+	for _, before := range []int{0, 30 * kilo} { // bytes that come two ticks earlier
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			n.server.budget.limitTo(64<<20, 0)
+			first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
+			a.Send("Put:k:" + strings.Repeat("v", before))
+			first.Send("Put:k:")
+			other.Send("Put:k:")
+			world.Pass(quietAfter * 9 / 4)
 
-		for _, c := range []*protocol.Client{first, a, other} {
-			c.Send("Put:k:")
-		}
+			// There is memory for one line: that of a has to wait for the first.
+			n.server.budget.inputs.Add(n.server.budget.forInput())
+			for _, c := range []*protocol.Client{first, a} {
+				go c.SendSome(strings.Repeat("v", 5*kilo))
+				world.Pass(lookTime * 3 / 2) // it has its slot
+			}
 
-		// There is memory for one line: that of a has to wait for the first.
-		world.Pass(quietAfter * 5 / 4)
-		for _, c := range []*protocol.Client{first, a} {
-			go c.SendSome(strings.Repeat("v", 5*kilo))
-			world.Pass(lookTime * 3 / 2) // it has its slot
-		}
+			world.Pass(quietAfter)
+			first.Ask("", ":OK 1") // from here on the line of a may have the memory
 
-		world.Pass(quietAfter)
-		first.Ask("", ":OK 1") // from here on the line of a may have the memory
+			world.Pass(lookTime)
+			go other.SendSome(strings.Repeat("v", 5*kilo))
+			world.Pass(quietAfter * 3 / 2)
+			a.Ask("", ":OK 1")
 
-		world.Pass(lookTime)
-		go other.SendSome(strings.Repeat("v", 5*kilo))
-		world.Pass(quietAfter * 3 / 2)
-		a.Ask("", ":OK 1")
-
-		n.server.budget.inputs.Add(-n.server.budget.forInput())
-		closeClients([]*protocol.Client{first, a, other})
-	})
+			n.server.budget.inputs.Add(-n.server.budget.forInput())
+			closeClients([]*protocol.Client{first, a, other})
+		})
+	}
 }
 
 // Ensure that of two replies only the one that is not in messages yet keeps values.
@@ -2988,28 +2991,32 @@ func TestMaxQueues(t *testing.T) {
 }
 
 // Ensure that replies that wait behind a Ping keep to the limit of all queues as well: they are
-// dropped if that is allowed, and otherwise their client is disconnected.
+// dropped if that is allowed, and each of them is counted, however long that lasts.
 func TestMaxQueuesBehindAPing(t *testing.T) {
-	for _, behind := range []string{"Update:list:v:v\nGet:list\n", "Stats\n", "Take:small\n"} {
+	for i, behind := range []string{"Stats\n", "Take:small\n", "Update:list:v:v\nGet:list\n",
+		"Update:list:v:v\nGet:list\n", "Update:list:v:v\nGet:list\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			const limit = 1 << 20
+			const limit, values, times = 1 << 20, 20 * kilo, 120
 			n.server.budget.maxQueues = limit
-			n.fill("list", "v", 20*kilo)
+			n.fill("list", "v", values)
 			n.fill("small", strings.Repeat("v", kilo), 1)
 
 			mute, other := n.Dial(t), n.Dial(t)
 			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
 			world.Pass(2 * seenSlow)
-			mute.Send("Ping\n" + strings.Repeat(behind, 120))
+			mute.Send("Ping\n" + strings.Repeat(behind, times) + "Ping\n")
 
 			// All queues are full for long enough to notice that a client is slow.
 			n.server.budget.queued.Add(limit)
-			world.Pass(2 * seenSlow)
+			world.Pass(2*seenSlow + time.Duration(i)*slowAfter)
 			n.server.budget.queued.Add(-limit)
 
 			is.Between(t, "bytes that are queued", other.Stat("queued_bytes"), 0, limit)
 			is.Equal(t, behind+": it is cut off", other.Stat("clients") == 1, false)
-			mute.Close()
+			if small, lines := mute.Count("small:"), mute.Count(""); strings.Contains(behind, "Get") {
+				is.Equal(t, "Gets that are answered, or counted as dropped",
+					small+lines/values+other.Stat("replies_dropped_total"), 3*maxBufferSize+times)
+			}
 		})
 	}
 }
@@ -3220,6 +3227,16 @@ func TestListenOnLocalhost(t *testing.T) {
 
 	binary.Prints(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
 	binary.Prints(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
+
+	// A port that is free at only one of the addresses is refused, too.
+	for _, host := range hosts {
+		taken, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+		is.OK(t, err)
+		_, port, _ := net.SplitHostPort(taken.Addr().String())
+		listeners, err := listen("localhost:" + port)
+		is.Equal(t, "localhost, with the port taken at "+host+", is refused", isAny(err, inUse...), true)
+		closeAll(append(listeners, taken))
+	}
 }
 
 func TestListenOnSeveralAddresses(t *testing.T) {
@@ -3440,6 +3457,25 @@ func TestWatchBeforeTheData(t *testing.T) {
 		"go_heap_bytes ", "go_memory_bytes ", "go_gc_cycles_total "} {
 		is.In(t, "/metrics", text, "\nkvserver_"+want)
 	}
+}
+
+// Ensure that times are told in seconds.
+func TestWatchTellsSeconds(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		s := n.server
+		s.status, s.logged = new(storage.Status), new(logCounts)
+		s.log = slog.New(slog.NewTextHandler(&n.log, &slog.HandlerOptions{ReplaceAttr: s.logged.note}))
+		s.db = &protocol.SlowStore{Memory: kvstore.NewMemory(), Takes: 3 * time.Second}
+		s.status.Set("")
+
+		n.DialAck(t).Ask("Put:k:v", ":OK 1")
+		s.status.Confirm(time.Now())
+		world.Pass(57 * time.Second)
+		s.log.Error("the test has failed")
+		wantPage(t, s.watchHandler(""), "/metrics", 200, "\nkvserver_uptime_seconds 60\n",
+			"\nkvserver_commit_seconds_sum 3\n", "\nkvserver_lock_age_seconds 57\n",
+			fmt.Sprintf("\nkvserver_last_error_timestamp_seconds %d\n", time.Now().Unix()))
+	})
 }
 
 // Ensure that the HTTP side has limits like the front: few connections, one short profile at a
@@ -3731,16 +3767,7 @@ func TestDumpGivesItsPlaceToOthers(t *testing.T) {
 	}
 }
 
-// Ensure that a store that cannot list its keys says so.
-func TestDumpOfAStoreThatCannotList(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.db = kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})
-		a := n.Dial(t)
-		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
-		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
-		a.Ask("Ping", ":PONG")
-	})
-}
+func TestDumpOfAStoreThatCannotList(t *testing.T) { protocol.DumpOfAStoreThatCannotList(t, serveOn) }
 
 // Ensure that a Dump, sent back line by line, restores every value, whatever bytes it holds.
 func TestDumpRestores(t *testing.T) {
@@ -4078,50 +4105,9 @@ func TestOutboxAllocations(t *testing.T) {
 // seenSlow is the time in which a client that reads nothing is noticed to be slow.
 const seenSlow = slowAfter + 2*lookTime
 
-// Ensure that a client that reads nothing keeps at least the promised queue, loses the rest, is
-// told how much, and delays nobody.
 func TestSlowReaderDelaysOnlyItself(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		value := strings.Repeat("v", 625)
-		n.fill("k", value, 1)
-
-		other, slow := n.Dial(t), n.Dial(t)
-		const owed = 10 * kilo // more than the queue holds
-		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
-
-		is.Within(t, 0, 0, func() {
-			for i := range 100 {
-				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
-			}
-		})
-
-		synctest.Wait()
-		other.Ask("Get:after") // not run yet: the slow client waits for itself
-		other.Ask("Ping", ":PONG")
-		world.Pass(slowAfter - 1)
-		other.Ask("Get:after")
-		world.Pass(1 + seenSlow - slowAfter)
-		other.Ask("Get:after", "after:1") // its writes take effect
-
-		delivered := 0
-		for {
-			line := slow.Read()
-			if line != "k:"+value {
-				if want := fmt.Sprintf(":PONG end dropped %d", owed-delivered); line != want {
-					t.Errorf("after %d replies came %.60q, want %q", delivered, line, want)
-				}
-				break
-			}
-			delivered++
-		}
-
-		onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
-		is.Between(t, "replies that were kept", delivered, maxBufferSize, maxBufferSize+onTheWay/len(value))
-
-		slow.Ask("Ping", ":PONG") // counted once
-		other.WantStat("replies_dropped_total", owed-delivered)
-		slow.Ask("Get:after", "after:1")
-	})
+	onTheWay := maxShared*testMaxMessage + maxWrite + testMaxMessage + 2*world.StreamSize
+	protocol.SlowReaderDelaysOnlyItself(t, serveEmpty, onTheWay)
 }
 
 func TestSlowReaderRecovers(t *testing.T) { protocol.SlowReaderRecovers(t, serveEmpty) }
@@ -4165,6 +4151,23 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Ensure that a reader at steadyRate does not count as slow, though its socket holds much and it
+// pauses.
+func TestSteadyReaderMayPause(t *testing.T) {
+	for pause := time.Second; pause <= 3*time.Second; pause += time.Second {
+		synctest.Test(t, func(t *testing.T) {
+			conn, reader, told := paced()
+			conn.Conn.(*world.Conn).SetWriteBuffer(6 << 20)
+			go conn.Write(make([]byte, 2*socketMost))
+			for left := 2 * socketMost; left > 0; left -= int(steadyRate * pause.Seconds()) {
+				world.Pass(pause)
+				io.CopyN(io.Discard, reader, min(int64(left), int64(steadyRate*pause.Seconds())))
+			}
+			is.Equal(t, fmt.Sprint("times that it was slow, with pauses of ", pause), len(told), 0)
+		})
+	}
 }
 
 // Ensure that a client does not count as slow too early if the first tick of a Write ends at a
@@ -4312,26 +4315,7 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 	})
 }
 
-// Ensure that after Quit the server ends its side, and waits for the client to end its own, but not
-// for long.
-func TestEndByQuit(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.Send("Ping\nQuit\nPut:k:v\n")
-		a.Want(":PONG")
-		is.Within(t, 0, 0, a.WantClosed)
-
-		a.Send("Put:k:v\nGet:k\n") // read, but not run
-		world.Pass(drainTime)
-		if _, err := a.Conn.Write([]byte("x")); err == nil {
-			t.Errorf("the connection is open %v after Quit", drainTime)
-		}
-
-		a.Close()
-		is.Equal(t, "clients", n.server.CountActive(), 0)
-	})
-}
-
+func TestEndByQuit(t *testing.T)      { protocol.EndByQuit(t, serveEmpty) }
 func TestEndByHalfClose(t *testing.T) { protocol.EndByHalfClose(t, serveTCP(t)) }
 
 // Ensure that bytes after a goodbye are not even looked at.
@@ -4411,7 +4395,8 @@ func TestWriteTimeout(t *testing.T) {
 func TestConversations(t *testing.T) { protocol.Conversations(t, serveEmpty, helpLines) }
 
 // Ensure that each request is in Help, in the README's table and in the conversations, has a
-// counter in Stats, and is recognized with a typing error.
+// counter in Stats, and is recognized with a typing error; and that each word of other programs is
+// in the conversations.
 func TestEveryRequest(t *testing.T) {
 	var said strings.Builder
 	for _, c := range protocol.All(helpLines) {
@@ -4436,6 +4421,10 @@ func TestEveryRequest(t *testing.T) {
 				t.Errorf("%s is not in %s", v.name, where)
 			}
 		}
+	}
+
+	for word := range dialects {
+		is.In(t, "the conversations", asked, "\n"+word+" ")
 	}
 }
 
@@ -4581,6 +4570,17 @@ func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {
 	n := newFakeNet()
 	n.server.db = db
 	n.start(t)
+	t.Cleanup(n.server.Close)
+	return n.Net
+}
+
+// serveFull is serveOn for a server whose memory is full.
+func serveFull(t *testing.T, db kvstore.Store) *protocol.Net {
+	n := newFakeNet()
+	b := &n.server.budget
+	b.limitTo(1<<30, 0)
+	b.other.Store(b.forData())
+	n.server.db = db
 	t.Cleanup(n.server.Close)
 	return n.Net
 }

@@ -60,6 +60,70 @@ func SignalsStopCleanly(t *testing.T, program protocol.Program) {
 	}
 }
 
+// SignalsTwice ensures that a second signal ends at once a server whose stop takes a while.
+func SignalsTwice(t *testing.T, program protocol.Program) {
+	t.Parallel()
+	end := ""
+	for range 5 { // on a busy machine the stop may be over before the second signal comes
+		cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0")
+		mute := protocol.DialTCP(t, addr)
+		mute.Send(strings.Repeat("Put:k:"+strings.Repeat("v", 1<<19)+"\n", 30) + "Get:k\n")
+		mute.Read() // and nothing more, so the stop waits for it
+
+		cmd.Process.Signal(syscall.SIGTERM)
+		for line := ""; !strings.Contains(line, "msg=stopping"); {
+			var err error
+			line, err = log.ReadString('\n')
+			is.OK(t, err)
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+		mute.Close()
+
+		if end = cmd.ProcessState.String(); end == "signal: terminated" {
+			return
+		}
+	}
+	t.Errorf("after two signals: %s", end)
+}
+
+// SignalsOnATerminal ensures that SIGHUP, by which a terminal says that it was closed, stops a
+// server whose log goes there, but not one that is to stay (nohup).
+func SignalsOnATerminal(t *testing.T, program protocol.Program) {
+	t.Parallel()
+	for _, ignore := range []string{"", "trap '' HUP; "} {
+		// This device is a terminal for the server: it has characters, and is not the null device.
+		terminal, err := os.OpenFile("/dev/zero", os.O_WRONLY, 0)
+		if err != nil {
+			t.Logf("nothing was tried: %v", err)
+			return
+		}
+		defer terminal.Close()
+
+		at := "unix:" + filepath.Join(t.TempDir(), "sock")
+		cmd := program("-addr", at)
+		cmd.Args = append([]string{"sh", "-c", ignore + `exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+		cmd.Path, err = exec.LookPath("sh")
+		is.OK(t, err)
+		cmd.Stderr = terminal
+		is.OK(t, cmd.Start())
+		defer cmd.Process.Kill()
+		protocol.Await(t, "the server", func() bool { return program("-addr", at, "-ping").Run() == nil })
+
+		a := protocol.DialTCP(t, at)
+		a.Ask("Ping", ":PONG")
+		cmd.Process.Signal(syscall.SIGHUP)
+		if ignore != "" {
+			for range 1000 { // time in which the server would stop
+				a.Ask("Ping", ":PONG")
+			}
+			cmd.Process.Signal(syscall.SIGTERM)
+		}
+		a.WantClosed()
+		is.OK(t, cmd.Wait())
+	}
+}
+
 // FullDiskRefusesWrites ensures that a full disk does not end the server: writes are refused, and
 // everything else works.
 func FullDiskRefusesWrites(t *testing.T, program protocol.Program) {

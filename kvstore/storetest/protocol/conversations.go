@@ -192,15 +192,33 @@ func aboutReplies(help []string) []Conversation {
 	}
 }
 
+// wordsOfOthers are lines with other programs' words for requests, each with the request that is
+// suggested.
+var wordsOfOthers = [][2]string{
+	{"incr a", "Swap:key:old:new"},
+	{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
+	{"lpush a b", "Put:a:b"}, {"rpush a b", "Put:a:b"}, {"push a b", "Put:a:b"},
+	{"append a b", "Put:a:b"}, {"insert a b", "Put:a:b"}, {"store a b", "Put:a:b"},
+	{"read a", "Get:a"}, {"fetch a", "Get:a"}, {"mget a", "Get:a"}, {"lrange a", "Get:a"},
+	{"rm a", "Delete:a"}, {"unset a", "Delete:a"}, {"unlink a", "Delete:a"},
+	{"replace a b c", "Update:a:b:c"}, {"change a b c", "Update:a:b:c"}, {"assign a b", "Set:a:b"},
+	{"incrby a 1", "Swap:key:old:new"}, {"decr a", "Swap:key:old:new"}, {"len a", "Count:a"},
+	{"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
+	{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"setex a 60", "Expire:a:60"},
+	{"lock a", "Lease:key:seconds:value"}, {"lease a 60 me", "Lease:a:60:me"},
+	{"brpop a 5", "Take:a:5"}, {"blpop a 5", "Take:a:5"}, {"rpop a", "Take:a"}, {"lpop a", "Take:a"},
+	{"pop a", "Take:a"}, {"dequeue a", "Take:a"},
+	{"list a", "Keys:prefix"}, {"ls a", "Keys:prefix"}, {"scan 0", "Keys:prefix"},
+	{"export a", "Dump:prefix"}, {"backup a", "Dump:prefix"}, {"info all", "Stats"},
+	{"status a", "Stats"}, {"commands a", "Help"}, {"man a", "Help"},
+	{"bye now", "Quit"}, {"close a", "Quit"}, {"logout a", "Quit"}, {"q a", "Quit"},
+	{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"},
+}
+
 // refused are conversations of lines that are no requests.
 func refused() []Conversation {
 	return []Conversation{
-		hints("words of other programs", [][2]string{{"incr a", "Swap:key:old:new"},
-			{"cas a b c", "Swap:a:b:c"}, {"setnx a b", "Add:a:b"}, {"llen a", "Count:a"},
-			{"lpush a b", "Put:a:b"}, {"add a b", "Add:a:b"}, {"swap a b", "Swap:key:old:new"},
-			{"expire a 60", "Expire:a:60"}, {"ttl a", "Expire:a"}, {"lock a", "Lease:key:seconds:value"},
-			{"lease a 60 me", "Lease:a:60:me"}, {"brpop a 5", "Take:a:5"}, {"rpop a", "Take:a"},
-			{"rem a b c", "Remove:a:b c"}, {"remove a b", "Remove:a:b"}}),
+		hints("words of other programs", wordsOfOthers),
 
 		// Requests with too few or too many arguments.
 		mistakes("Put", "a key and a value, as in Put:key:value", "Put:k", "Put", "Put:", "Put::v"),

@@ -168,6 +168,28 @@ func SlowLineBehindReplies(t *testing.T, start Start) {
 	}
 }
 
+// EndByQuit ensures that after Quit the server ends its side, and waits for the client to end its
+// own, but not for long.
+func EndByQuit(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+		a.Send("Ping\nQuit\nPut:k:v\n")
+		a.Want(":PONG")
+		is.Within(t, 0, 0, a.WantClosed)
+
+		a.Send("Put:k:v\nGet:k\n") // read, but not run
+		world.Pass(drainTime)
+		if _, err := a.Conn.Write([]byte("x")); err == nil {
+			t.Errorf("the connection is open %v after Quit", drainTime)
+		}
+
+		a.Close()
+		b := n.Dial(t)
+		b.WantStat("clients", 1)
+		b.Ask("Get:k\nPing", ":PONG")
+	})
+}
+
 // EndByHalfClose ensures that requests that were read are run and answered when the client
 // half-closes a real connection.
 func EndByHalfClose(t *testing.T, addr string) {

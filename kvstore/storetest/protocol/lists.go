@@ -97,6 +97,8 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 		// The value goes past a, which has gone, to b.
 		start.inBubble(t, func(t *testing.T, n *Net) {
 			a, b, c := n.Dial(t), n.Dial(t), n.Dial(t)
+			a.Ask("Ping", ":PONG") // it is long ago that anything was written to it
+			world.Pass(time.Minute)
 			a.Post("Get:none\nTake:k:60\n")
 			b.Send("Take:k:600\n")
 			b.Conn.CloseWrite()

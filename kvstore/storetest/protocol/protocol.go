@@ -11,6 +11,7 @@
 //	readers.go        clients that do not read, and those that read steadily
 //	stores.go         stores that are slow, full or plain, and what a server makes of them
 //	commits.go        what waits for a Commit, and what shares one
+//	memory.go         a server whose memory is full
 //	readme.go         the sessions that the README shows
 //	process.go        a server that is a process
 //	killed.go         one that is killed again and again
@@ -38,7 +39,8 @@ const (
 	lineTime  = 30 * time.Second // from a line's first byte to its end
 	slowAfter = time.Second      // a client that reads nothing may be slow then
 	seenSlow  = slowAfter * 6 / 5
-	kept      = 500 // replies, for a slow client
+	kept      = 500         // replies, for a slow client
+	drainTime = time.Second // for a client to take its last replies
 
 	// A server looks this often for lines that are late, and for clients that wait and have gone.
 	lookTime = time.Second

@@ -13,6 +13,45 @@ import (
 	"kvserver/kvstore/storetest/world"
 )
 
+// SlowReaderDelaysOnlyItself ensures that a client that reads nothing keeps at least the promised
+// queue, and hardly more than the bytes that may be on the way to it, loses the rest, is told how
+// much, and delays nobody.
+func SlowReaderDelaysOnlyItself(t *testing.T, start Start, onTheWay int) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		value := strings.Repeat("v", 625)
+		n.run(t, "Put:k:"+value+"\n")
+
+		other, slow := n.Dial(t), n.Dial(t)
+		const owed = 10 * kilo // more than the queue holds
+		go slow.Send(strings.Repeat("Get:k\n", owed) + "Put:after:1\nPing:end\n")
+
+		is.Within(t, 0, 0, func() {
+			for i := range 100 {
+				other.Ask(fmt.Sprintf("Ping:%d", i), fmt.Sprintf(":PONG %d", i))
+			}
+		})
+
+		synctest.Wait()
+		other.Ask("Get:after") // not run yet: the slow client waits for itself
+		other.Ask("Ping", ":PONG")
+		world.Pass(slowAfter - 1)
+		other.Ask("Get:after")
+		world.Pass(1 + seenSlow - slowAfter)
+		other.Ask("Get:after", "after:1") // its writes take effect
+
+		delivered, line := 0, slow.Read()
+		for ; line == "k:"+value; line = slow.Read() {
+			delivered++
+		}
+		is.Equal(t, "the line behind the replies", line, fmt.Sprintf(":PONG end dropped %d", owed-delivered))
+		is.Between(t, "replies that were kept", delivered, kept, kept+onTheWay/len(value))
+
+		slow.Ask("Ping", ":PONG") // counted once
+		other.WantStat("replies_dropped_total", owed-delivered)
+		slow.Ask("Get:after", "after:1")
+	})
+}
+
 // SlowReaderRecovers ensures that a slow reader that begins to read again loses nothing more.
 func SlowReaderRecovers(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {

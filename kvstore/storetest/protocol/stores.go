@@ -151,6 +151,16 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 	}
 }
 
+// DumpOfAStoreThatCannotList ensures that a store that cannot list its keys says so.
+func DumpOfAStoreThatCannotList(t *testing.T, start StartOn) {
+	synctest.Test(t, func(t *testing.T) {
+		a := start.on(t, kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})).Dial(t)
+		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
+		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
+		a.Ask("Ping", ":PONG")
+	})
+}
+
 // TurnsOfLightClients ensures that a client that asks for little waits for one or two turns of
 // other clients, not for one of each, whether they send one long request at a time, a short one
 // between two long ones, or many in one chain, and most often for none behind it; and that the
@@ -210,6 +220,28 @@ func TurnsOfLightClients(t *testing.T, start StartOn) {
 			all.Wait()
 		})
 	}
+}
+
+// TurnsAfterALongRequest ensures that a client whose request took very long waits for hardly more
+// than a round of each other client, and not until each has had as much.
+func TurnsAfterALongRequest(t *testing.T, start StartOn, round time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		takes := time.Second
+		n := start.on(t, LazyStore{kvstore.NewMemory(), func() time.Duration { return takes }})
+		a := n.DialAck(t)
+		a.Ask("Update:k:a:b", ":OK 0")
+
+		takes = time.Millisecond
+		others := n.DialMany(t, 5, func(_ int, o *Client) {
+			go o.SendSome(strings.Repeat("Update:k:a:b\n", 2000) + "Ping\n")
+		})
+
+		world.Pass(10 * takes)
+		is.Within(t, 0, 2*round*time.Duration(len(others)), func() { a.Ask("Update:k:a:b", ":OK 0") })
+		for _, o := range others {
+			o.Want(":PONG")
+		}
+	})
 }
 
 // span returns the least and the most of numbers.

@@ -1,0 +1,116 @@
+package protocol
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kvserver/kvstore"
+	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
+)
+
+// FullMemoryRefusesWhatAdds ensures that a server whose memory is full refuses the writes that
+// would add a value, a byte or a deadline, and no others. What a write would add is seen on a
+// server that has memory.
+func FullMemoryRefusesWhatAdds(t *testing.T, roomy, full StartOn) {
+	synctest.Test(t, func(t *testing.T) {
+		dbs := [2]*kvstore.Memory{kvstore.NewMemory(), kvstore.NewMemory()}
+		for _, db := range dbs {
+			for i := range writesOfAKey {
+				db.Put(fmt.Sprint("one", i), "22")
+				db.Put(fmt.Sprint("two", i), "22")
+				db.Put(fmt.Sprint("two", i), "4444")
+				db.PutUntil(fmt.Sprint("leased", i), "22", time.Now().Add(time.Hour).UnixMilli())
+			}
+		}
+		a, b := roomy.on(t, dbs[0]).DialAck(t), full.on(t, dbs[1]).DialAck(t)
+
+		for i, write := range writesOfAKey {
+			for _, key := range []string{"none", "one", "two", "leased"} {
+				request := fmt.Sprintf(write, fmt.Sprint(key, i))
+				before := sizeOf(dbs[0])
+				want := a.answer(request)
+				if after := sizeOf(dbs[0]); after.exceeds(before) {
+					want = "memory is full"
+				}
+
+				before = sizeOf(dbs[1])
+				got := b.answer(request)
+				is.In(t, request, got, want)
+				if want == "memory is full" {
+					is.Equal(t, request+" has changed the size", sizeOf(dbs[1]), before)
+				}
+			}
+		}
+	})
+}
+
+// writesOfAKey are writes of a key that may hold 22, or 22 and 4444.
+var writesOfAKey = []string{"Put:%s:", "Put:%s:1", "Set:%s:", "Set:%s:1", "Set:%s:22", "Set:%s:666666",
+	"Set:%s:7777777", "Add:%s:", "Add:%s:1", "Lease:%s:9:1", "Update:%s:22:", "Update:%s:22:22",
+	"Update:%s:22:333", "Update:%s:no:1", "Swap:%s:22:", "Swap:%s:22:22", "Swap:%s:22:333", "Swap:%s:no:1",
+	"Expire:%s:9", "Expire:%s:0", "Remove:%s:22", "Remove:%s:no", "Take:%s", "Delete:%s"}
+
+// size is how much a store holds.
+type size struct {
+	keys, values, deadlines int
+	bytes                   int64
+}
+
+func sizeOf(db *kvstore.Memory) (s size) {
+	synctest.Wait() // nobody changes it any more
+	s.keys, s.values, s.bytes = db.Size()
+	s.deadlines = db.Expiring()
+	return s
+}
+
+// exceeds reports whether s is more than before in any way.
+func (s size) exceeds(before size) bool {
+	return s.keys > before.keys || s.values > before.values || s.deadlines > before.deadlines ||
+		s.bytes > before.bytes
+}
+
+// answer returns the reply to a request.
+func (c *Client) answer(request string) string {
+	var lines []string
+	for c.Send(request + "\nPing\n"); len(lines) == 0 || lines[len(lines)-1] != ":PONG"; {
+		lines = append(lines, c.Read())
+	}
+	return strings.Join(lines[:len(lines)-1], "\n")
+}
+
+// FullMemoryCollectsSeldom ensures that refused writes, however many, start one collection of
+// garbage in interval.
+func FullMemoryCollectsSeldom(t *testing.T, full StartOn, interval time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		a := full.on(t, kvstore.NewMemory()).DialAck(t)
+		collections := func() (all, started uint32) {
+			var m runtime.MemStats
+			runtime.ReadMemStats(&m)
+			return m.NumGC, m.NumForcedGC
+		}
+
+		const rounds = 20
+		_, before := collections()
+		for range rounds {
+			done, _ := collections()
+			is.In(t, "the reply", a.answer("Put:k:v"), "memory is full")
+			for all := done; all == done; all, _ = collections() { // it runs outside of the bubble
+				runtime.Gosched()
+			}
+
+			for range 100 {
+				a.answer("Put:k:v")
+			}
+			world.Pass(interval)
+		}
+
+		_, started := collections()
+		most := uint32(rounds * 3 / 2) // some of an earlier test may end during this one
+		is.Between(t, "collections because of refused writes", started-before, 1, most)
+	})
+}
