@@ -13,7 +13,7 @@
 // What a test says in one line needs nothing of package main: as protocol.SlowLine a connection to
 // the server, and as command.TLS the program. It stands in that package in kvstore/storetest.
 //
-// The store has its own tests in kvstore/. What only Linux can tell is in listen_linux_test.go.
+// The store has its own tests in kvstore/.
 //
 // The promises of the README, and more, each with the tests that show it. (go test -run '^TestX$'
 // ./... finds a test in any package; make simulate SEED=7 SEEDS=1 plays one world, and tells its
@@ -770,12 +770,12 @@ func TestTLSHandshakesTakeLittleMemory(t *testing.T) {
 
 		// The first connection starts the server, which has memory of its own.
 		n.Dial(t)
-		before := heapBytes()
+		before := protocol.HeapBytes()
 		for range 300 {
 			n.Dial(t).Conn.Write(hello)
 			synctest.Wait()
 		}
-		is.Between(t, "bytes of handshakes", int64(heapBytes()-before), 0, b.reserve/2)
+		is.Between(t, "bytes of handshakes", int64(protocol.HeapBytes()-before), 0, b.reserve/2)
 	})
 }
 
@@ -1687,11 +1687,19 @@ func TestCommitBeforeGets(t *testing.T) { protocol.CommitBeforeGets(t, serveOn) 
 func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
 
 // Ensure that no batch waits for a client before its second write, not even a server's first
-// batches.
-func TestCommitGathersNobodyAtFirst(t *testing.T) {
+// batches, and that one wait follows another in which half of the clients have come.
+func TestCommitGathersOnlyIfThatPays(t *testing.T) {
 	g, sh := New(kvstore.NewMemory()).gathering, share{}
 	g.wrote(&sh)
 	is.Equal(t, "clients that are steady", g.steady, 0)
+
+	for came, skip := range map[int]int{4: 1, 5: 0} {
+		g := gathering{writers: 1, missing: 10, took: time.Second}
+		is.Equal(t, "a wait", g.mustWait(), true)
+		g.missing, g.timedOut = 10-came, true
+		g.committed(g.took)
+		is.Equal(t, "batches that do not wait", g.skip, skip)
+	}
 }
 
 // Ensure that a look at the files does not end a batch that waits for clients.
@@ -2171,7 +2179,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 				synctest.Wait()
 
 				b.Send("Delete:big\n")
-				held := heapBytes()
+				held := protocol.HeapBytes()
 
 				// This is long enough to see that a client drips.
 				for range 2 * dripTime / slowAfter {
@@ -2191,7 +2199,7 @@ func TestMemoryLimitBesideALongReply(t *testing.T) {
 					}
 				}
 
-				is.Equal(t, c.request+": the memory is free", held-heapBytes() > 8000*kilo, isNeeded)
+				is.Equal(t, c.request+": the memory is free", held-protocol.HeapBytes() > 8000*kilo, isNeeded)
 				is.Equal(t, c.request+": it is cut off", b.Stat("clients") == 1, isNeeded && !c.isDropped)
 
 				if c.isDropped && isNeeded {
@@ -2317,7 +2325,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 				})
 
 				synctest.Wait()
-				before := heapBytes()
+				before := protocol.HeapBytes()
 				mayEnd := make(chan struct{})
 
 				for _, c := range clients {
@@ -2331,7 +2339,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 
 				world.Pass(quietAfter / 2)
 				most := share + kind.clients*grantedInput + 1<<19 // one line has a slot
-				if held := heapBytes() - before; held > most {
+				if held := protocol.HeapBytes() - before; held > most {
 					t.Errorf("%d lines that have begun take %d bytes, want up to %d", kind.clients,
 						held, most)
 				}
@@ -2380,14 +2388,14 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 			n.fill("big", long, 4)
 			share := n.server.budget.shared() / inputShare
 			sent := []byte(line) // one for all
-			before := heapBytes()
+			before := protocol.HeapBytes()
 			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *protocol.Client) { go c.Conn.Write(sent) })
 			world.Pass(slowAfter + lineTime)
 
 			b := &n.server.budget
 			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.waitingLines.Load()+b.inputs.Load(),
 				0, 3*share)
-			b.collected(int64(heapBytes() - before))
+			b.collected(int64(protocol.HeapBytes() - before))
 			a := n.DialAck(t)
 			a.Ask("Put:other:v", ":OK 1")
 			a.HangUp()
@@ -3111,13 +3119,13 @@ func TestMemoryOfQuietClients(t *testing.T) {
 func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		n.start(t)
-		before := heapBytes()
+		before := protocol.HeapBytes()
 		clients := n.DialMany(t, 10, func(_ int, a *protocol.Client) {
 			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
 		})
 
 		world.Pass(lineTime / 2)
-		is.Between(t, "bytes of a client with a part of a line", (heapBytes()-before)/len(clients), math.MinInt,
+		is.Between(t, "bytes of a client with a part of a line", (protocol.HeapBytes()-before)/len(clients), math.MinInt,
 			burstSize/4)
 
 		for _, a := range clients {
@@ -3132,14 +3140,14 @@ func TestMemoryOfABusyClient(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		a := n.Dial(t)
 		a.Ask("Ping", ":PONG")
-		before := heapBytes()
+		before := protocol.HeapBytes()
 
 		// Each chain is shorter than the last: its spare queries must keep no earlier burst.
 		for lines := maxChain; lines > 0; lines -= 8 {
 			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
 			a.Ask("Ping", ":PONG")
 		}
-		is.Between(t, "bytes more of a busy client", heapBytes()-before, math.MinInt, 10*testMaxLine)
+		is.Between(t, "bytes more of a busy client", protocol.HeapBytes()-before, math.MinInt, 10*testMaxLine)
 	})
 }
 
@@ -3161,23 +3169,7 @@ func TestMemoryOfATrickle(t *testing.T) {
 	})
 }
 
-// Ensure that a line that is far too long takes no more memory than the limit.
-func TestMemoryOfAnEndlessLine(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a, b := n.Dial(t), n.Dial(t)
-		big := bytes.Repeat([]byte("x"), 1<<20)
-		before := heapBytes()
-		a.SendSome("Put:k:")
-		for range 4 {
-			a.Conn.Write(big)
-		}
-		b.Ask("Ping", ":PONG")
-		is.Between(t, "bytes of 4 MiB of a line", heapBytes()-before, math.MinInt, world.StreamSize+4*testMaxLine)
-
-		a.Send("\n")
-		a.Ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
-	})
-}
+func TestMemoryOfAnEndlessLine(t *testing.T) { protocol.MemoryOfAnEndlessLine(t, serveEmpty) }
 
 // Ensure that somebody who asks for more than there is never makes others be refused.
 func TestMemoryIsAddedAtOnce(t *testing.T) {
@@ -3241,6 +3233,13 @@ func TestListenOnLocalhost(t *testing.T) {
 
 func TestListenOnSeveralAddresses(t *testing.T) {
 	command.ListenOnSeveralAddresses(t, binary, serveTCP)
+}
+
+func TestListenNoticesVanishedClients(t *testing.T) {
+	listeners, err := listen("127.0.0.1:0")
+	is.OK(t, err)
+	defer closeAll(listeners)
+	protocol.VanishedClientsAreNoticed(t, listeners[0])
 }
 
 func TestListenOnAUnixSocket(t *testing.T) { command.ListenOnAUnixSocket(t, binary) }
@@ -4729,15 +4728,6 @@ func unwritten(s *keyValueServer) *Client {
 	return c
 }
 
-// heapBytes returns how many bytes of memory are in use.
-func heapBytes() int {
-	var m runtime.MemStats
-	runtime.GC()
-	runtime.GC() // frees what the pools had
-	runtime.ReadMemStats(&m)
-	return int(m.HeapAlloc)
-}
-
 // allocated returns how many bytes do allocates, with all that runs beside it.
 func allocated(do func()) uint64 {
 	var before, after runtime.MemStats
@@ -4750,7 +4740,7 @@ func allocated(do func()) uint64 {
 // heapOfQuiet is heapBytes once all clients are quiet, and have given back what they can.
 func heapOfQuiet() int {
 	world.Pass(3 * quietAfter)
-	return heapBytes()
+	return protocol.HeapBytes()
 }
 
 // binary returns a command that runs the server as a process of its own.

@@ -775,7 +775,7 @@ func TestHealIsTriedEveryMinute(t *testing.T) {
 
 		dir.Remove(storage.StoreName)
 		look(t, d, 20*60)
-		if longest > compactTime+lookTime || tries < 20 || tries > 20+6 { // 6 in the first minute
+		if longest > retryTime+lookTime || tries < 20 || tries > 20+6 { // 6 in the first minute
 			t.Errorf("%d tries in 20 minutes, with pauses of up to %v", tries, longest)
 		}
 		dir.Before = nil

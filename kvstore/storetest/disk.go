@@ -536,7 +536,7 @@ func (d *Dir) Close() error { return nil }
 // A disk's lock has these times: its holder looks at it every guardTime, and a start that finds
 // STORE but no LOCK waits for noticeTime.
 const (
-	guardTime   = time.Second
+	guardTime  = time.Second
 	noticeTime = 2*guardTime + guardTime/2
 )
 

@@ -101,27 +101,12 @@ var gathersBeside = map[string]gathers{
 var gathersAlone = map[string]gathers{
 	"halves": func(t *testing.T, n *Net, store *SlowStore) {
 		n.repeat(t, 10, commitTakes/2, time.Millisecond, 20)
-		is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 30)
+		is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 35)
 	},
 	"halves, on a fast disk": func(t *testing.T, n *Net, store *SlowStore) {
 		store.Takes = commitTakes / 100
 		n.repeat(t, 10, store.Takes/2, store.Takes/10, 20)
 		is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 35)
-	},
-	"most of them": func(t *testing.T, n *Net, store *SlowStore) {
-		var all sync.WaitGroup
-		for i := range 10 {
-			c, turn := n.DialAck(t), i
-			all.Go(func() {
-				for range aSecond { // in each round others are late
-					c.Ask("Put:k:v", ":OK 1")
-					turn = (turn*7 + 3) % 11
-					<-time.After(commitTakes / 13 * time.Duration(turn))
-				}
-			})
-		}
-		all.Wait()
-		is.Between(t, "Commits for 100 rounds", store.Commits.Load(), 0, 160)
 	},
 	"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
 		clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })

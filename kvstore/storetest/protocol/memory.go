@@ -1,7 +1,9 @@
 package protocol
 
 import (
+	"bytes"
 	"fmt"
+	"math"
 	"runtime"
 	"strings"
 	"testing"
@@ -113,4 +115,33 @@ func FullMemoryCollectsSeldom(t *testing.T, full StartOn, interval time.Duration
 		most := uint32(rounds * 3 / 2) // some of an earlier test may end during this one
 		is.Between(t, "collections because of refused writes", started-before, 1, most)
 	})
+}
+
+// MemoryOfAnEndlessLine ensures that a line that is far too long takes no more memory than the
+// limit.
+func MemoryOfAnEndlessLine(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a, b := n.Dial(t), n.Dial(t)
+		big := bytes.Repeat([]byte("x"), 1<<20)
+		before := HeapBytes()
+		a.SendSome("Put:k:")
+		for range 4 {
+			a.Conn.Write(big)
+		}
+		b.Ask("Ping", ":PONG")
+		is.Between(t, "bytes of 4 MiB of a line", HeapBytes()-before, math.MinInt,
+			world.StreamSize+4*MaxLine)
+
+		a.Send("\n")
+		a.Ask("Ping", ":ERROR line 1: longer than 20000 bytes, skipped", ":PONG")
+	})
+}
+
+// HeapBytes returns how many bytes of memory are in use.
+func HeapBytes() int {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // frees what the pools had
+	runtime.ReadMemStats(&m)
+	return int(m.HeapAlloc)
 }
