@@ -33,7 +33,7 @@ const (
 
 	maxChain  = 256      // queries in one chain, to bound its memory
 	quietSize = 512      // bytes of a quiet client's read buffer
-	burstSize = 64 << 10 // bytes of a read buffer; up to 4 times as many for lines of over 8 KiB
+	burstSize = 64 << 10 // bytes of a read buffer; with lines over 8 KiB 4 times that, or one line
 
 	// However much memory others take, a client gets a read buffer of grantedSize bytes and a chain
 	// of grantedChain queries, and the key of its waiting Take may have grantedKey bytes.
@@ -45,15 +45,16 @@ const (
 	largeSize = maxMessage
 
 	// The slowest steady reader takes steadyRate bytes a second, and a begun line that others wait
-	// for must come as fast (givesWay). The reader's socket and ours together hold socketMost bytes:
-	// 6 MiB in the reader's (Linux: tcp_rmem), those in ours, and a margin.
+	// for must come as fast, unless it frees (givesWay). The reader's socket and ours hold at most
+	// socketMost bytes together: 6 MiB in the reader's (Linux: tcp_rmem), what ours has, a margin.
 	steadyRate = 256 << 10
 	socketMost = 8 << 20
 
-	// A client is a slow reader once its connection has taken no byte for slowAfter; for up to five
-	// times as long if its sockets hold much, and one more if it was seen to read (patience).
+	// A client is a slow reader once its connection has taken no byte for slowAfter. If its sockets
+	// hold much, this time is up to five times as long; if it was seen to read, slowAfter is added
+	// (patience).
 	slowAfter = time.Second
-	lookTime  = slowAfter / 10 // between two looks at a Write, or at memory that somebody waits for
+	lookTime  = slowAfter / 10 // a tick of a Write, a wait for memory, drainInput, hurry or giveUp
 	dripTime  = 5 * slowAfter  // without room, after which the rate of a reader is measured
 
 	// The time between two ticks of readFromClient. A tick gives back memory that was not needed
@@ -82,16 +83,16 @@ const (
 // the chain's lines. The chain goes round:
 //
 //	readFromClient   makes the chain (parse) and sends it on queries
-//	workLoop         has it wait for its turn, and runs it. A Take that finds no value waits in
-//	                 takes. The others wait in batch for the Commit. Then workLoop queues replies
-//	                 that are short and have room, and sends the chain back on done
+//	workLoop         has it wait for its turn, and runs it. A Take with seconds that finds no
+//	                 value waits in takes. The others wait in batch for the Commit. Then workLoop
+//	                 queues replies that are short and have room, and sends the chain back on done
 //	deliver          is started by workLoop for all other replies: it waits for room, queues them,
 //	                 and sends the chain back on done
 //	readFromClient   has the chain again, and may send the next one. If it was a Keys or Dump, it
 //	                 queues the replies itself, from the snapshot in the Query (listing)
 //
-// What each goroutine does with each field (R reads, W writes, S sends, T receives, C closes), and
-// what hands the field from one goroutine to the next:
+// What each goroutine does with each field (R reads, W writes, S sends, T receives, C closes; for a
+// rejected client workLoop does readFromClient's part, in reject), and what hands the field on:
 //
 //	                     readFromClient  workLoop  deliver  writeToClient  handed on by
 //	connection           R, W, C         C         C        R, W, C        - (a net.Conn)
@@ -99,14 +100,14 @@ const (
 //	parked               -               RW        -        -              -
 //	buffer               S, C            makes, S  S        T              the chain, to send
 //	closed               R               R         R        C              closed once
-//	progress             T               -         T        S (pacedConn)  the latest word counts
+//	progress             T               -         T        S, T (tell)    the latest word counts
 //	done                 T               S         S        -              -
 //	the chain, outbox    RW              RW        RW       -              queries, go, done
 //	in                   RW              -         -        R (newBytes)   closing buffer
 //	  its lines' memory  RW              R         R        -              queries, go, done
 //	underWay, takeUntil  RW              -         -        -              -
 //	reason               RW              R         -        -              depart
-//	writeErr             -               R         -        W              depart
+//	writeErr             -               R         -        RW             depart
 //	pacedConn's fields   RW              R         R        RW             - (see there)
 //
 // How a connection ends, most often:
@@ -117,8 +118,9 @@ const (
 //	                 cannot say goodbye in time, a timer closes the connection (inTime)
 //	workLoop         forgets the client when both have ended, and logs the reason (leave)
 //
-// Requests that were read before the reason came up are still run, unless the store has failed, or
-// the closing server broke off a Keys or Dump before them. Other ways to end:
+// Requests that were read before the reason came up are still run, except those after a Quit or a
+// foreign first line, and unless the store has failed, or the closing server broke off a Keys or
+// Dump before them. Other ways to end:
 //
 //	a Write fails                 writeToClient closes the channel closed: the chain's holder need
 //	                              not reply. Then it closes the connection, so that Read fails
@@ -129,8 +131,8 @@ const (
 //	the server closes             workLoop ends all Reads (stopReading), and after closeTime all
 //	                              Writes (hurry)
 //	it has asked for nothing      there is no writeToClient: readFromClient closes the connection
-//	it never becomes a client     the goroutine that has the connection closes it: receive,
-//	                              shakeHands, fewConns, welcome or reject
+//	it never becomes a client     receive, shakeHands, fewConns, welcome or reject closes the
+//	                              connection, or the writeToClient that reject has started
 type Client struct {
 	// The fields that Project 0 has.
 	connection net.Conn
@@ -139,8 +141,8 @@ type Client struct {
 
 	// Messages from the chain's holder to writeToClient. workLoop makes it and starts writeToClient
 	// at the client's first request, because 10,000 idle clients need neither. readFromClient
-	// closes it. Only the chain's holder sends, so there is still room when it sends if it has seen
-	// room before.
+	// closes it, or reject. Only the chain's holder sends: if it has seen room, there is still room
+	// when it sends.
 	buffer chan []byte
 
 	// Set before the goroutines start, read-only from then on.
@@ -148,9 +150,9 @@ type Client struct {
 	server *keyValueServer
 	paced  *pacedConn // connection itself, or the one under its TLS
 
-	// From workLoop or deliver to readFromClient: the chain, which has run and is answered, unless
-	// it is a Keys or Dump. nil: the store failed, and nobody knows whether the chain has taken
-	// effect. One chain is under way at a time, so with one slot no sender waits.
+	// From workLoop or deliver to readFromClient: the chain, which has run (a dropped Take perhaps
+	// not) and is answered; a Keys or Dump is not answered yet. nil: the store failed, and nobody
+	// knows whether the chain has taken effect. One is under way at a time, so one slot is enough.
 	done chan *Query
 
 	// From writeToClient to the chain's holder: true if buffer has room again or the connection
@@ -263,7 +265,7 @@ func (c *Client) readFromClient() {
 // ---- input: bytes to lines, and lines to chains
 
 // input turns what a client sends into lines. readFromClient owns it, except lent and queries while
-// a chain is under way: then the chain's holder owns these two.
+// a chain that was made of them is under way: then the chain's holder owns these two.
 type input struct {
 	buf      []byte
 	lent     []byte  // the buffer before buf: the strings of the chain under way point into it
@@ -291,7 +293,7 @@ func (in *input) midLine() bool { return in.pending > 0 || in.skipping }
 
 // readLines waits for input. It returns the complete lines as one string, whose substrings will be
 // keys and values, and the error that ends the input; a tick is no error. The string is good until
-// the next wholeLines, and until then the chain's holder may read it.
+// the next wholeLines or passOn, and until then the chain's holder may read it.
 func (c *Client) readLines() (burst string, err error) {
 	in := &c.in
 	if !c.resizeInput() {
@@ -582,8 +584,8 @@ func (c *Client) awaitDone() (chain *Query) {
 // to stop.
 func (c *Client) mayTakeWait() bool { return !c.takeUntil.IsZero() }
 
-// noteTaken notes that no Take waits any more. The read deadline may have been set for its end, so
-// setTick has to set another.
+// noteTaken notes that no Take waits any more, or that it is told to stop. The read deadline may
+// have been set for its end, so setTick has to set another.
 func (c *Client) noteTaken() {
 	c.takeUntil, c.in.ticking, c.in.takeKey = time.Time{}, false, 0
 }
@@ -787,7 +789,7 @@ type endedLine struct {
 }
 
 // passOn gives up the memory of the long line that has ended, and of its chain. Others may have the
-// buffer, unless all inputs together have more than forInput.
+// buffer, unless there are maxEnded, or all inputs together have more than forInput.
 func (c *Client) passOn() {
 	in, b := &c.in, &c.server.budget
 	ended := endedLine{in.lent, min(in.counted, int64(len(in.lent))), time.Now()}
@@ -1118,7 +1120,8 @@ func (c *Client) list(q *Query) {
 	l := &listing{Query: q, place: slot{of: &c.server.snapshots}}
 
 	// Others may take long to read their Keys. A Keys that holds a long line does not wait for them
-	// while lines have more than their share: no other line would get a slot (mayHaveSlot).
+	// while lines have more than their share, because meanwhile no other line would get a slot
+	// (mayHaveSlot).
 	stop, b := c.server.closeSignal, &c.server.budget
 	if c.in.forLine && b.inputs.Load() > b.forInput() {
 		stop = c.server.serving // this channel is closed, so acquire does not wait
@@ -1174,8 +1177,9 @@ func (l *listing) noteSize(bytes int64) {
 	l.held = bytes
 }
 
-// walk calls see with each key that is asked for. The key is the store's string, so see must copy
-// what it keeps. walk returns false if see does, the client has gone, or the server closes.
+// walk calls see with each key that is asked for. The key is the store's string: as long as see
+// keeps it, it keeps memory of the store. walk returns false if see does, the client has gone, or
+// the server closes.
 func (l *listing) walk(see func(key string) bool) bool {
 	passed := 0
 	for key := range l.snapshot.All() {
@@ -1337,7 +1341,7 @@ func (l *listing) copyKeys(keys []string) {
 		return
 	}
 
-	// Clone them in pieces: few allocations, none of them large.
+	// Clone them in pieces: few allocations, and no large ones unless keys are long.
 	l.giveUp()
 	l.held = bytes
 	for few := range slices.Chunk(keys, l.client.server.partKeys) {
@@ -1413,14 +1417,14 @@ func (l *listing) mustStop(n int) bool {
 // outbox turns replies into messages and queues them for writeToClient. Replies share messages.
 // While maxShared messages wait, the client's next requests wait, too. Once the client is slow, up
 // to maxBufferSize messages may wait, and a message after the first maxShared holds one reply.
-// Replies beyond that are dropped if they are a Get's or an error and the client has not sent Ack;
-// others wait.
+// Replies beyond that are dropped if they are a Get's, or the error of a refused request, and the
+// client has not sent Ack; others wait.
 //
 // The goroutine that holds the client's chain owns the outbox. For a Keys or Dump, and for other
 // long work, it needs a slot of cores.
 type outbox struct {
 	// Set before the goroutines start, read-only from then on.
-	client     *Client // whose buffer, closed and progress are used
+	client     *Client // whose buffer, closed, progress and paced are used
 	budget     *budget
 	maxMessage int // bytes in a message, at most: the constant, except in tests
 
@@ -1711,8 +1715,8 @@ func (o *outbox) drop(q *Query) {
 
 // claim counts all bytes of a reply of several messages as queued before they are, because a reply
 // that has begun must end, whatever others queue meanwhile. It does not claim a reply of more than
-// maxShared messages, nor one that would take the queues a quarter over their limit: such a reply
-// waits for room message by message.
+// maxShared full messages, nor one that would take the queues more than a quarter over their limit:
+// such a reply waits for room message by message.
 func (o *outbox) claim(size int) {
 	most := o.budget.forQueues()
 	if size > o.piece && size <= maxShared*o.maxMessage &&
@@ -1841,7 +1845,8 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	}
 }
 
-// awaitProgress waits for word from writeToClient. Others may have the core meanwhile.
+// awaitProgress waits for word from writeToClient; if the chain pins values, for slowAfter at most.
+// Others may have the core meanwhile.
 func (o *outbox) awaitProgress() {
 	// A reply that waits keeps no core. Its short lists are cloned, so that they keep no memory of
 	// the store; its long ones count as pinned.
@@ -1851,7 +1856,7 @@ func (o *outbox) awaitProgress() {
 
 	// A Write of one message may go on for long, byte by byte, without a word.
 	began := time.Now()
-	var rateCheck <-chan time.Time // nil: nobody else can need what the chain keeps
+	var rateCheck <-chan time.Time // nil: the chain pins no values that others may need
 	if o.pinned > 0 {
 		rateCheck = time.After(slowAfter)
 	}
@@ -1898,8 +1903,9 @@ var (
 )
 
 // newMessage returns an empty message with room for unformatted, or for piece if that is less. If
-// the message fills one of large, or if the client keeps up and not much would lie idle, it borrows
-// memory of a fixed size (chunks, large). Any other message takes no more memory than it needs.
+// the message fills one of large, it borrows that. If the client keeps up, it borrows one of chunks
+// if that is enough, or one of large if over a quarter of it is needed. Any other message takes no
+// more memory than it needs.
 func (o *outbox) newMessage() []byte {
 	size := min(o.unformatted, o.piece)
 
@@ -2038,15 +2044,15 @@ func (c *Client) drainInput() {
 // take 1.8 s. It counts ticks, not time, because if this whole process stands still for a while,
 // that is one tick.
 //
-// The fields belong to the Write that is under way. There is one at a time: writeToClient's, or a
-// TLS handshake's before there is a client. (If TLS itself answers during a Read, its lock keeps
-// the two Writes apart.) Other goroutines use only Conn, writing and taken.
+// The fields belong to the Write that is under way. There is one at a time: writeToClient's; before
+// there is one, a TLS handshake's, reject's, or that of TLS in a Close. (If TLS itself answers
+// during a Read, its lock keeps the two apart.) Other goroutines use only Conn, writing and taken.
 type pacedConn struct {
 	net.Conn
 	server   *keyValueServer
 	progress chan bool // the client's; nil before there is a client
 	limit    time.Time // when everything must be written, set before the first Write; zero: no limit
-	until    time.Time // the write deadline that is set; zero: the next Write sets one
+	until    time.Time // the write deadline that Write has set; zero: the next Write sets one
 
 	// Bytes that a reader at steadyRate has not read yet, as of unreadAt.
 	unread   int
@@ -2062,8 +2068,8 @@ type pacedConn struct {
 }
 
 // Write writes b. It fails when no byte was taken for -write-timeout, limit has passed, or the
-// server has been closing for closeTime. It asks for the time only at first, and when a deadline
-// has passed, because doing so in each Write would slow down every reply.
+// server has been closing for closeTime. It asks for the time only if until is zero, and when a
+// deadline has passed, because doing so in each Write would slow down every reply.
 func (p *pacedConn) Write(b []byte) (n int, err error) {
 	p.writing.Store(true)
 	defer p.writing.Store(false)

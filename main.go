@@ -5,18 +5,19 @@
 //	main.go    flags and the environment; the log; start and stop; the commands help, check, repair
 //	           and backup; the client (kvserver -c, -ping)
 //	server.go  keyValueServer: listening, its accept goroutines, and workLoop, which owns the store
-//	           and the clients; -max-memory; TLS handshakes; Stats, metrics and health over HTTP
+//	           and the list of clients; -max-memory; TLS; Stats, metrics and health over HTTP
 //	client.go  Client: one connection, its reading and its writing goroutine; input, which cuts
-//	           bytes into lines; outbox, which packs replies into messages
+//	           bytes into lines; outbox, which packs replies into messages; listing, for Keys and
+//	           Dump
 //	query.go   Query: parse a line, run it, format the reply
 //	kvstore/   the store behind the KVStore interface: in memory, with a log on disk or in etcd
 //
 // The glossary (package durable has the words about files):
 //
-//	line      bytes from a client up to a newline; each line that is not blank is a request
+//	line      bytes from a client up to a newline; each line that is not blank should be a request
 //	request   what a client asks for; a Query is a request on its way through the server
 //	reply     the lines that answer a request; a reply may have no line
-//	burst     the lines that one Read has brought
+//	burst     the lines that one Read has completed
 //	chain     the queries of a burst, or of a part of it, that travel together in one send
 //	batch     the chains that workLoop runs before one Commit; if the last Commit was slow, it first
 //	          waits a moment for the clients that write each time (gathering in server.go)
@@ -25,7 +26,7 @@
 //	holder    the one goroutine that has a client's chain now, and with it the client's outbox
 //	long line a line for which a client needs a larger read buffer than for bursts (forLine)
 //	slow      a client is slow if its connection took no byte for 1 to 6 s (patience in client.go)
-//	drip      a client drips if it takes fewer than 256 KiB a second while replies wait (noteWait)
+//	drip      a client drips if it takes far less than 256 KiB/s while replies wait (noteWait)
 //	parked    a Take is parked while it waits, in takes, for a value
 //	pinned    values that waiting replies keep in memory even if others remove them
 //	heavy     a client is heavy if its requests take long (isHeavy in server.go)
@@ -82,16 +83,18 @@ const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
 	exitMisuse  = 2 // the command line or the environment is wrong
 
-	stopTime    = 5 * time.Second // for a stop; then the process ends, except during a heal (giveUp)
-	connectTime = 5 * time.Second // to connect; also for -c's first answer, and for each answer to -ping
+	// For a stop; then the process ends, except during a heal (giveUp). While the data is opened a
+	// stop has a fifth of that.
+	stopTime    = 5 * time.Second
+	connectTime = 5 * time.Second // without -timeout: to connect, for -c's first and -ping's answer
 )
 
 func main() {
 	out := bufio.NewWriter(os.Stdout)
 	err := run(os.Args[1:], out)
 
-	// Only once the file is closed is it certain that the output is written. -c may have closed it
-	// already, and the process may have been started without one.
+	// Only once the file is closed is it certain that the output is written. -c or -ping may have
+	// closed it already, and the process may have been started without one.
 	lost := cmp.Or(out.Flush(), os.Stdout.Close())
 	if err == nil && lost != nil && !isAny(lost, os.ErrClosed, os.ErrInvalid) {
 		err = problem("cannot write the output: "+lost.Error(), "Make room where it goes.")
@@ -107,7 +110,7 @@ func main() {
 	}
 }
 
-// run does what the command line asks for. Its output goes to out.
+// run does what the command line asks for. Its output goes to out, except that of -c and -ping.
 func run(args []string, out io.Writer) error {
 	if len(args) > 0 {
 		if _, isCommand := commands[args[0]]; isCommand {
@@ -128,12 +131,12 @@ func run(args []string, out io.Writer) error {
 	return beServer(c)
 }
 
-// misuse is an error of the command line.
+// misuse is an error of the command line or of the environment.
 type misuse struct{ error }
 
 func (m misuse) Unwrap() error { return m.error }
 
-// errTold stands for an error that the log or -c has shown already.
+// errTold stands for an error that tell, the log or -c has shown already.
 var errTold = errors.New("it was reported")
 
 // problem returns an error, with what the user can do about it.
@@ -190,7 +193,7 @@ var (
 	nowFlags = strings.Fields("c out ping stop version")
 )
 
-// strayFlags are flags that do nothing in a process of this kind.
+// strayFlags has, for each kind of process, the flags that do nothing in it.
 var strayFlags = map[string]string{
 	"a server": "out stop timeout tls-ca",
 	"-c":       serverFlags,
@@ -200,7 +203,8 @@ var strayFlags = map[string]string{
 const serverFlags = "data fsync http log max-clients max-line max-memory max-queues " +
 	"tls-client-ca v write-timeout"
 
-// config is what the command line asks for. Each flag's own text, in flags, says what it means.
+// config is what the command line and the environment ask for. Each flag's own text, in flags, says
+// what it means.
 type config struct {
 	addr  string // one address, or several with commas between them
 	data  string // "": memory only
@@ -475,9 +479,9 @@ func isFile(path string) bool {
 	return err == nil && !info.IsDir()
 }
 
-// checkFlags returns which flags exclude each other, or are not for this process, a server or a
-// client; or nil. typed has the flags of the command line. A flag there must be for this process; a
-// variable in the environment need not, because one environment may be for both.
+// checkFlags returns which flags exclude each other, need another, or are not for this process, a
+// server or a client; or nil. typed has the flags of the command line. A flag there must be for
+// this process; a variable in the environment need not, because one environment may be for both.
 func (c config) checkFlags(flags *flag.FlagSet, typed map[string]bool) error {
 	kind, isDisk := "a server", c.data != "" && !etcd.IsAddress(c.data)
 	switch {
@@ -553,7 +557,8 @@ func parseSize(text string) (int64, error) {
 }
 
 // version returns the module version that the binary was built from: a tag, or the time and the
-// hash of a commit, with +dirty at the end if files were changed after the commit.
+// hash of a commit, with +dirty at the end if files were changed after the commit; devel or unknown
+// if the binary does not know it.
 func version() string {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		return strings.Trim(info.Main.Version, "()")
@@ -709,7 +714,7 @@ func serve(c config, log *queuedLog) error {
 	// The server serves until a signal stops it, or the lock is lost, or the store fails.
 	select {
 	case <-ctx.Done():
-		restore() // a second signal ends the process at once
+		restore() // a second SIGINT or SIGTERM ends the process at once
 	case <-data.Lost():
 		err = data.WhyLost()
 	case err = <-s.Failed():
@@ -717,7 +722,7 @@ func serve(c config, log *queuedLog) error {
 	return stop(c, log, s, data, err)
 }
 
-// tryAgain is the advice of an error of the store for which there is no better one.
+// tryAgain is the advice for an error of the store that has no advice of its own.
 const tryAgain = "Make room, or mend what else is wrong, then start again. What a server has answered is " +
 	"kept, but with another -fsync than always perhaps not the last writes: look."
 
@@ -889,7 +894,7 @@ func giveUp(log *queuedLog, data *durable.Store, ended <-chan struct{}) {
 		case <-time.After(lookTime):
 		}
 
-		// Somebody has removed files, and what was in them is not on disk again yet.
+		// Somebody has removed or changed files, and their data is not on disk again yet.
 		if left == lookTime && data.IsHealing() {
 			log.Warn("stopping waits until all data is written again; a second signal ends it at once")
 			left += stopTime
@@ -972,7 +977,7 @@ func printManual(w io.Writer, words []string) error {
 	return nil
 }
 
-// line76 matches as many words as fit on a line of 76 bytes.
+// line76 matches as many words as fit on a line of 76 characters.
 var line76 = regexp.MustCompile("(.{1,76})( |$)")
 
 // printPart prints a part of the README. Tables are hard to read on a terminal, so each cell begins
@@ -995,7 +1000,7 @@ func printPart(w io.Writer, part string) {
 }
 
 // lookAt runs a command on the store at path. A backup or a repair writes its copy to the directory
-// to. If that fails, lookAt removes the directory, if it has made it.
+// to. If that fails, lookAt removes the directory, if it has made it and it is empty.
 func lookAt(command, path, to string) (report durable.Report, err error) {
 	opts := etcd.Options{Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	dir, err := openDirectory(context.Background(), path, opts)
@@ -1037,7 +1042,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	}
 	report, err = copyTo(dir, out)
 
-	// Half a copy must not look like a store.
+	// Without a copy the directory is empty: undo removes it if it is new.
 	out.Close()
 	if err != nil {
 		undo()
@@ -1047,7 +1052,8 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 
 // ---- the client: kvserver -c, -ping
 
-// beClient runs kvserver -c and -ping. It returns errTold if errs has the server's own words.
+// beClient runs kvserver -c and -ping. It returns errTold if errs has all that is to be said:
+// the errors that the server answered.
 func beClient(c config, errs io.Writer) error {
 	t := newTalker(c, errs)
 
@@ -1074,7 +1080,7 @@ func beClient(c config, errs io.Writer) error {
 		fmt.Fprintf(errs, "connected to %s; Help lists the requests, Ctrl-D ends\n", t.addr)
 	}
 
-	// Ctrl-C ends the conversation. The error then says how far it has come.
+	// Ctrl-C ends the conversation. The error then says how far an input from a file was answered.
 	ctx, restore := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer restore()
 	defer context.AfterFunc(ctx, func() { t.conn.Close() })()
@@ -1099,7 +1105,7 @@ type talker struct {
 	in      io.Reader      // lines to send, if the command line has no requests
 	out     io.WriteCloser // for data; closed at the end: some disks say only then that they are full
 	errs    io.Writer      // for everything else
-	isTyped bool           // somebody types the input: show each :OK n
+	isTyped bool           // somebody types, and there is no -out: show each :OK n
 	silence time.Duration  // for an owed answer; 0: no limit. Set by greet, and when converse begins
 
 	// Owned by the reading goroutine.
@@ -1148,8 +1154,9 @@ var (
 	errInterrupted = errors.New("interrupted")
 )
 
-// dial connects to the first of the servers at t.addr that answers our Ack, and sets t.addr to its
-// address. A connection alone proves nothing: a process that hangs accepts one, too.
+// dial connects to the first of the servers at t.addr that answers our Ack, or says that it is full
+// (errNoPlace), and sets t.addr to its address. A connection alone proves nothing: a process that
+// hangs accepts one, too.
 func (t *talker) dial() (err error) {
 	// Unix sockets use plain: they have no TLS.
 	plain := &net.Dialer{Timeout: cmp.Or(t.timeout, connectTime)}
@@ -1205,7 +1212,8 @@ func reachable(addr string) string {
 	return net.JoinHostPort(host, port)
 }
 
-// dialProblem returns err, of dial, with what to do. It is the error of the last of addrs.
+// dialProblem returns err, of dial, with what to do. err is of the last of addrs, or of our own
+// certificates.
 func dialProblem(addrs string, err error) error {
 	op := (*net.OpError)(nil)
 	isDial := errors.As(err, &op) && op.Op == "dial"
@@ -1232,7 +1240,7 @@ func dialProblem(addrs string, err error) error {
 	return problem(fmt.Sprintf("cannot connect to %s: %v", addrs, err), cmp.Or(storage.Advice(err), todo))
 }
 
-// greet makes r and owed, sends an Ack, and fails if the answer is not a kvserver's.
+// greet makes r and owed, sets silence, sends an Ack, and fails unless a kvserver answers it :OK.
 func (t *talker) greet() error {
 	// A process that does not answer our Ack is no kvserver, or hangs.
 	t.silence, t.r = cmp.Or(t.timeout, connectTime), bufio.NewReaderSize(t, maxWrite)
@@ -1262,8 +1270,8 @@ func (t *talker) greet() error {
 	return nil
 }
 
-// Read reads from the connection. It fails with errQuiet if an owed answer does not come, or if the
-// server does not close the connection after the last answer.
+// Read reads from the connection. It fails with errQuiet if an owed answer does not come within
+// silence, or if the server does not close the connection so soon after the last answer.
 func (t *talker) Read(p []byte) (n int, err error) {
 	// The sender puts something into owed or sent before it sets a deadline. We take the deadline
 	// away before we look at both. So there is a deadline whenever one of them has something.
@@ -1287,7 +1295,7 @@ func (t *talker) limitRead() {
 }
 
 // converse has the rest of the conversation, after greet. It returns errTold if all requests were
-// answered, and some of them with an error. It is the reading goroutine.
+// answered, and the server has said an error. It is the reading goroutine.
 func (t *talker) converse() error {
 	t.silence, t.sent, t.over = t.timeout, make(chan error, 1), make(chan struct{})
 	w := bufio.NewWriterSize(t.out, maxWrite)

@@ -13,8 +13,8 @@ import (
 
 // Query is one request on its way: readFromClient parses it, workLoop runs it, and workLoop or
 // deliver answers it, or readFromClient if it is a Keys or Dump. Other Queries are messages to
-// workLoop, such as that a goroutine has ended. One goroutine at a time owns a Query; the channels
-// queries and done pass it on.
+// workLoop, such as that a goroutine has ended, or parts of the reply to a Keys or Dump. One
+// goroutine at a time owns a Query; the channels queries and done, and go deliver, pass it on.
 type Query struct {
 	key string // also: the address of a failed TLS handshake
 
@@ -28,11 +28,11 @@ type Query struct {
 	client    *Client
 
 	line   int      // its number in the client's input, counted from 1
-	values []string // the result: a key's list, or lines of Help, Stats, Keys or Dump
+	values []string // the result: a list, a Take's value, seconds, or lines of Help, Stats, Keys
 	bytes  int      // of all values together
 	n      int      // what was done, as in ":OK n"
 
-	// The requests of a burst travel as one chain or a few, each for the price of one send: the
+	// The requests of a burst travel as one chain or more, each for the price of one send: the
 	// channel carries the chain's head, and next links the rest.
 	next *Query
 	size int // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
@@ -40,8 +40,8 @@ type Query struct {
 	*special // nil for most requests
 }
 
-// value is the argument after the key, or the old one of two. It is also a Keys' prefix, a Ping's
-// token, or an error.
+// value is the argument after the key, or the old one of two. It is also a prefix, a Ping's token,
+// an error, the response to another protocol, or why a handshake failed.
 func (q *Query) value() string { return q.args[0] }
 
 // newValue is what an Update or a Swap adds.
@@ -61,7 +61,7 @@ type special struct {
 type queryType uint8
 
 const (
-	malformed queryType = iota // a line that is no request; it keeps its place in the chain
+	malformed queryType = iota // a line that is no request, or was refused; it keeps its place
 	foreign                    // a first line of another protocol; value is the whole response
 
 	put // from put to quit: what a client can ask for
@@ -121,12 +121,12 @@ type verb struct {
 
 	// shrinks reports whether a write would leave the store no larger than it is. nil: it would
 	// make the store larger, unless effect is frees. Only -max-memory asks: on a full disk only
-	// effect counts, because each write makes the log longer (admit).
+	// removes counts, because each write makes the log longer (admit).
 	shrinks func(q *Query, db kvstore.Store) bool
 
 	head, separator string // of each line with a value: before the key, and between key and value
 	ending          ending // of the reply
-	mayDrop         bool   // a slow reader may lose the reply
+	mayDrop         bool   // before Ack a slow reader may lose the reply
 	tells           bool   // the reply's end is what the client asks for, so -c shows it
 	tellsNone       bool   // -c shows an end of ":OK 0": there is no such key
 }
@@ -150,7 +150,7 @@ type ending uint8
 
 const (
 	endAcked   ending = iota // ":OK n" after Ack, otherwise none
-	endOK                    // ":OK n", also before Ack: n lines came, or n values are there
+	endOK                    // ":OK n", also before Ack: n lines came, or n values or keys exist
 	endPong                  // ":PONG"
 	endError                 // ":ERROR line N: why"
 	endForeign               // a response of another protocol
@@ -162,8 +162,9 @@ const needsKey = "a key, without a colon in it"
 
 // verbs has a row for each queryType that is parsed, run or answered. (Other places that know a
 // verb by name: Stats and Expire in server.go; Take, Quit, Ack, Ping and Keys in client.go; here
-// Take in mayWait, Expire in parseExpire, Get in appendLine, Delete in removes, Help in init, Help
-// and Quit in lookUp, and what other servers call it in dialects; Ack, Ping and Quit in main.go.)
+// Put in parse and in pair's row, Take in mayWait, Expire in parseExpire and in pairTime's row, Get
+// in appendLine, Delete in removes, Help in init, Help and Quit in lookUp, and what other servers
+// call it in dialects; Ack, Ping and Quit in main.go.)
 // To add a verb, add:
 //
 //   - a queryType between put and quit, and a row here: Help, the hints of didYouMean and the
@@ -324,7 +325,7 @@ func init() {
 
 // ---- parsing
 
-// maxQuoted is how many bytes of a client's line an error quotes, at most.
+// maxQuoted is how many bytes of a client's line each quote in an error has, at most.
 const maxQuoted = 40
 
 // parse makes q the request in line, which has no line end and is not empty. If line is no request
@@ -544,7 +545,7 @@ func didYouMean(line string) string {
 	// A file from Windows may begin with a byte order mark.
 	line = strings.TrimPrefix(line, "\ufeff")
 
-	// Lines may be long, and each one that is no request comes here.
+	// Lines may be long, and each one that begins with no verb comes here.
 	const most = 2 * maxQuoted
 	whole := len(line) <= most
 	line = strings.Trim(line[:min(len(line), most)], gap)
@@ -779,7 +780,7 @@ func (q *Query) memory() int64 {
 	return int64(len(q.key)+len(added)) + memoryPerPair
 }
 
-// makesLess reports whether q, a write, leaves db no larger than it is.
+// makesLess reports whether q, a write that does not free, leaves db no larger than it is.
 func (q *Query) makesLess(db kvstore.Store) bool {
 	shrinks := q.row().shrinks
 	return shrinks != nil && shrinks(q, db)
@@ -896,7 +897,7 @@ func (q *Query) appendEnd(b []byte, acked bool, dropped int) []byte {
 		b = append(b, ": "...)
 		b = append(b, q.value()...)
 
-	// Only a PONG says how many replies were lost.
+	// A PONG says how many replies were lost, and so does a last line (tellLoss).
 	case endPong:
 		b = append(b, ":PONG"...)
 		if q.value() != "" {

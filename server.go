@@ -37,9 +37,9 @@ const (
 	// few enough that the first one does not wait long.
 	maxBatch = 64
 
-	// How many times workLoop, when its queue is empty, yields before it commits, so that readers
-	// (goroutines of readFromClient) that can run send what they have. Batches grow, and fewer
-	// clients wait for a second turn: in memory the slowest percent of requests takes a quarter
+	// How many times at most workLoop, when its queue is empty, yields before it commits, so that
+	// readers (goroutines of readFromClient) that can run send what they have. Batches grow, and
+	// fewer clients miss the batch: in memory the slowest percent of requests takes a quarter
 	// less time, and on disk there are a tenth more writes a second.
 	maxYields = 4
 
@@ -57,7 +57,7 @@ const (
 	// How many requests of a client workLoop runs between two looks at the clock: one at first,
 	// twice as many after each look, up to maxStride, and one again if longTime has passed since
 	// the last look. An Update, a Swap or a Remove counts as searchCost requests, because it may
-	// search a long list.
+	// search a long list. At a chain's end workLoop looks, too, however few they were.
 	maxStride  = 64
 	searchCost = 8
 	longTime   = maxHeavyRound / 2
@@ -68,18 +68,18 @@ const (
 	expireStride = 64
 
 	// How far a client's time (share.finish) may be above what others have had
-	// (keyValueServer.floor) before its next chain waits for a turn. Below that, chains run in the
-	// order in which they come, which costs nothing.
+	// (keyValueServer.floor) before its next chain waits for a turn, if others want to run. Below
+	// that, most chains run in the order in which they come, which costs nothing.
 	maxLead = 64 * time.Microsecond
 
 	fileCheckTime = time.Second // between two checks of the store's files
 
 	defaultMaxLine = 1 << 20 // bytes of a line without its end, unless set
 
-	defaultMaxClients   = 10_000 // 170 MB if all are quiet (memoryPerClient)
+	defaultMaxClients   = 10_000 // 174 MB if all are quiet (memoryPerClient)
 	defaultWriteTimeout = 5 * time.Minute
 	defaultMaxQueues    = 1 << 30 // bytes
-	// open files that are kept free for everything except clients: the store, the log
+	// open files that are kept free for what is no client, handshake or watcher: the store, the log
 	spareFiles    = 32
 	maxRejecting  = 8    // of spareFiles: connections over maxClients that get time to read why
 	maxHandshakes = 1000 // TLS handshakes under way; fewer with few files or little -max-memory
@@ -100,7 +100,7 @@ const (
 
 	memoryPerClient = 17 << 10 // bytes that a quiet client takes
 	memoryOfTLS     = 28 << 10 // bytes more if it speaks TLS
-	// bytes that a write takes in the store besides its key and value, at most
+	// bytes that a write takes in the store besides its key and value, on average at most
 	memoryPerPair = 64
 
 	collectTime = time.Second // between two collections of garbage because of refused writes
@@ -124,6 +124,7 @@ var (
 )
 
 // These errors end a TLS handshake: another connection has taken its place, or it does not end.
+// errEndless ends an HTTP request, too.
 var (
 	errReplaced = errors.New("others came, and there is no place")
 	errEndless  = fmt.Errorf("%d bytes came, and no end", guestMost)
@@ -181,20 +182,20 @@ type keyValueServer struct {
 	closeCalled bool // Close was called
 
 	// Any goroutine may use these.
-	commits     storage.Histogram // seconds that each Commit took, if the store is not in memory
+	commits     storage.Histogram // seconds of each batch's Commit, if the store is not in memory
 	batches     storage.Histogram // chains that each of these Commits was for
 	logged      *logCounts        // nil: nobody counts
 	budget      budget            // -max-memory and -max-queues
 	cores       semaphore         // for long work: one slot fewer than cores, but at least one
 	snapshots   semaphore         // for Keys and Dump: a snapshot keeps what is changed meanwhile
-	shaking     semaphore         // for TLS handshakes, until workLoop has heard how they ended
+	shaking     semaphore         // for TLS handshakes, until workLoop is told how they ended
 	lostReplies atomic.Int64      // replies that slow readers lost
 
 	// Owned by workLoop.
 	clients          []*Client
 	db               kvstore.Store
 	touched          []string      // a chain's keys, for Touch
-	batch            []*Query      // chains that have run and wait for Commit
+	batch            []*Query      // chains that have run, ended Takes, countAlls: before Commit
 	gathering        gathering     // for which clients the batch waits before its Commit
 	turns            turnQueue     // clients that wait for their turn
 	floor            time.Duration // highest spent of a client whose turn came: what the others had
@@ -380,12 +381,13 @@ func (s *keyValueServer) ask(what queryType) int {
 }
 
 // Failed returns a channel that receives the error of the store's Commit if one fails. From then on
-// the server answers no request. The caller must Close it.
+// the server answers no request. The caller must Close the server.
 func (s *keyValueServer) Failed() <-chan error { return s.failed }
 
-// Close ends the server. Requests that were read are run, except those after a Keys or Dump that
-// is broken off, and their replies are flushed to clients that take them within closeTime. It
-// returns when no goroutine uses a client or the store any more: the store is the caller's again.
+// Close ends the server. Requests that were read are run, except Takes that wait, and those after a
+// Keys or Dump that is broken off. The replies are flushed to clients that take them within
+// closeTime. It returns when no goroutine uses a client or the store any more: the store is the
+// caller's again.
 func (s *keyValueServer) Close() {
 	<-s.oneCall
 	if !s.closeCalled {
@@ -416,7 +418,7 @@ func isClosed(signal <-chan struct{}) bool {
 // acceptClient hands every connection of listener over to workLoop; under TLS shakeHands does so
 // when the handshake has ended. It runs as one goroutine for each listener, until Close closes
 // that. Any other error of Accept, such as running out of file descriptors, may pass: acceptClient
-// waits, a little longer each time, and tries again.
+// waits, twice as long each time, up to maxAcceptWait, and tries again.
 func (s *keyValueServer) acceptClient(listener net.Listener) {
 	// Handshakes under way are cancelled when acceptClient ends.
 	ctx, cancel := context.WithCancel(context.Background())
@@ -486,7 +488,7 @@ func (s *keyValueServer) shakeHands(ctx context.Context, guest *guest) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 
-	// Until the handshake ends all bytes go through the guest, which counts them.
+	// Until the handshake ends all bytes go through the guest, which counts those that come.
 	paced := &pacedConn{Conn: guest, server: s}
 	outer := tls.Server(paced, s.tls)
 	err := outer.HandshakeContext(ctx)
@@ -710,8 +712,7 @@ func (s *keyValueServer) runBatch(q *Query) {
 		case q != nil:
 			s.dispatch(q)
 
-		// The queue is empty. Of the clients that wait, the one that has had the least time is
-		// next.
+		// The queue is empty. Of the clients that wait, the one with the least finish is next.
 		case len(s.turns) > 0 && s.mayRun(&s.turns[0].share):
 			sh := &heap.Pop(&s.turns).(*Client).share
 			s.floor = max(s.floor, sh.spent)
@@ -800,7 +801,7 @@ func (s *keyValueServer) dispatch(q *Query) {
 // clients.
 type round struct {
 	epoch         time.Time     // the clock is time since epoch: time.Now would cost more
-	began, looked time.Duration // when the round began, and when charge last looked at the clock
+	began, looked time.Duration // when the round began, and when the clock was last looked at
 	over          bool
 }
 
@@ -951,8 +952,8 @@ func (g *gathering) committed(took time.Duration) {
 	*g = gathering{number: g.number + 1, missing: g.steady, took: took, skip: g.skip, vain: g.vain}
 }
 
-// schedule runs chain, or lines it up to wait for its turn if its client has had more of workLoop's
-// time than others.
+// schedule runs chain, or lines it up to wait for its turn: if its client is new, has had more of
+// workLoop's time than others, or may not run before the Commit (mayRun).
 func (s *keyValueServer) schedule(chain *Query) {
 	sh := &chain.client.share
 	isNew := sh.spent == 0
@@ -1058,8 +1059,8 @@ func (s *keyValueServer) runChain(chain, q *Query) {
 	}
 }
 
-// run runs q, or refuses it. It reports whether q is a write, also if that is refused for want of
-// room.
+// run runs q, or refuses it. It reports whether q is a write, also if admit refuses it; but not if
+// expireKey does.
 func (s *keyValueServer) run(q *Query) (writes bool) {
 	// q must not find an expired key, and a write needs room.
 	if s.overdue != noneOverdue {
@@ -1264,8 +1265,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 // atomic.
 //
 // Of -max-memory a reserve is not shared out. Of the rest three quarters are for data, an eighth is
-// for queues and an eighth is for input, which gets a part of the reserve, too. So a client that
-// does not read, or does not end its line, takes nothing from the data. A client can make the
+// for queues and an eighth is for input, which gets a part of the reserve, too. So messages that
+// nobody reads, and lines that do not end, take nothing from the data. A client can make the
 // server hold:
 //
 //	what             one client, at most          all clients, at most    at that limit
@@ -1321,8 +1322,8 @@ func (s *keyValueServer) deleteExpired(key string) error {
 //	sockets          sendBuffer, twice, and what  -                       not counted: it is the
 //	                 the kernel takes in                                  kernel's memory
 //
-// Without -max-memory data and input have no limit. Without -max-queues queues have their eighth of
-// -max-memory, and without both they have no limit.
+// Without -max-memory data and input have no limit. With -max-queues 0 queues have their eighth of
+// -max-memory, and without that, too, they have no limit.
 type budget struct {
 	// Read-only once started, in bytes.
 	limit     int64 // that the process may take (-max-memory); 0: no limit
@@ -1333,8 +1334,8 @@ type budget struct {
 	// In use, in bytes.
 	queued       atomic.Int64 // replies, lists and copied keys that wait
 	keyLists     atomic.Int64 // of queued: keys to be listed
-	waitingLines atomic.Int64 // long lines whose replies wait
-	inputs       atomic.Int64 // read buffers and chains, beyond what each client may have (input.need)
+	waitingLines atomic.Int64 // lines whose replies wait, beyond a short burst's (waitingText)
+	inputs       atomic.Int64 // read buffers, chains, long keys of Takes, beyond what each may have
 	granted      atomic.Int64 // the rest of them: what each client may have (grantedInput)
 	store        atomic.Int64 // store and clients, as workLoop last noted them
 	pinned       atomic.Int64 // values that waiting replies would keep if others removed them all
@@ -1374,7 +1375,7 @@ func (b *budget) limitTo(memory, queues int64) {
 
 // collected notes that live bytes were alive at a collection. What is neither in the store nor in
 // the most that clients had since the last one is unknown. (While clients' memory goes up and down
-// fast, less counts as unknown than is.) What is pinned takes memory of the reserve, up to a half
+// fast, too little counts as unknown.) What is pinned takes memory of the reserve, up to a half
 // of that, so that no write is refused for it.
 func (b *budget) collected(live int64) {
 	unknown := max(0, live-b.store.Load()-max(b.ofClients(), b.mostOfClients.Swap(0)))
@@ -1391,8 +1392,8 @@ func (b *budget) forData() int64 {
 	return b.shared() - b.shared()/queuesShare - b.shared()/inputShare
 }
 
-// clients returns how many clients there may be, of which a quiet one takes perClient bytes: all
-// together count for at most half of what the data may take.
+// clients returns how many clients there may be, if each takes perClient bytes while it is quiet:
+// all together take at most half of what the data may take.
 func (b *budget) clients(perClient int64) int { return int(b.forData() / 2 / perClient) }
 
 // handshakes returns how many TLS handshakes may be under way: at most so many, and as many as fit
@@ -1432,7 +1433,7 @@ func (b *budget) fits(bytes, ofReserve int64) bool {
 // isAtLimit reports whether all queues together have reached their limit.
 func (b *budget) isAtLimit() bool { return !b.mayQueue(0) }
 
-// isCrowded reports whether all queues and the chains that wait have together reached that limit.
+// isCrowded reports whether all queues and waitingLines have together reached that limit.
 func (b *budget) isCrowded() bool { return !b.mayQueue(b.waitingLines.Load()) }
 
 // needsPinned reports whether the removed values that replies still pin are many, and do not fit
@@ -1450,7 +1451,7 @@ func (b *budget) mayQueue(bytes int64) bool {
 }
 
 // The lists of all Keys and Dumps may take half of what is for queues. A single list may take half
-// of that, or maxList bytes if that is less.
+// of that, or maxList bytes if that is less. A list of up to fewKeys may always be made.
 const (
 	maxList    = 64 << 20
 	listsShare = 2
@@ -1530,8 +1531,8 @@ func (s *keyValueServer) perClient() int64 {
 	return memoryPerClient
 }
 
-// freeMemory gives memory back to the system when the data and the clients have shrunk by a
-// quarter. The collector alone would wait for minutes while nothing is allocated.
+// freeMemory gives memory back to the system when the data and the clients have shrunk by a quarter
+// and by giveBackMin. The collector alone would wait for minutes while nothing is allocated.
 func (s *keyValueServer) freeMemory() {
 	now := s.budget.store.Load()
 	if s.largest = max(s.largest, now); now < s.largest/4*3 && s.largest-now > giveBackMin {
@@ -1562,7 +1563,7 @@ func (s *slot) acquire(stop <-chan struct{}) bool {
 	default:
 	}
 
-	// Count this goroutine: decide cuts a slow reader of a Keys or Dump only while somebody waits.
+	// Count this goroutine: while somebody waits, decide cuts a slow reader of a Keys or Dump.
 	s.of.waiting.Add(1)
 	defer s.of.waiting.Add(-1)
 
@@ -1656,7 +1657,7 @@ func (p *gcPacer) follow() {
 
 // choose sets the collector's percentage, and tells the budget how many bytes are alive.
 func (p *gcPacer) choose() {
-	// Both are from the last collection, and cost little to read.
+	// The first is from the last collection, the second from now. Both cost little to read.
 	samples := []metrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"}}
 	metrics.Read(samples)
 	live, linked := int64(samples[0].Value.Uint64()), int64(samples[1].Value.Uint64())
@@ -1811,7 +1812,7 @@ func (s *keyValueServer) hurry() {
 
 // counter is a row of Stats and /metrics.
 type counter struct {
-	name  string // it ends in _total if the number only ever grows
+	name  string // it ends in _total if it counts events
 	help  string // a sentence that says what the value is
 	value any    // a number, or the version's text, which /metrics shows as a label
 }
@@ -1836,7 +1837,7 @@ func (c counter) write(w io.Writer) {
 }
 
 // stats returns the rows that Stats and /metrics both show. Only workLoop calls it. To add a row,
-// give it a name that ends in _total if it only grows, and a sentence of help, and add it to
+// give it a name that ends in _total if it counts events, and a sentence of help, and add it to
 // TestStats in the same place. A value that changes by itself is an exception in
 // TestWatchHasTheCountersOfStats.
 func (s *keyValueServer) stats() []counter {
@@ -1914,7 +1915,7 @@ func (s *keyValueServer) requestsRun() (n int) {
 // unixPrefix stands before the path in the address of a unix socket.
 const unixPrefix = "unix:"
 
-// listen listens on addr. A peer that has vanished is noticed within 35 s: keep-alive asks three
+// listen listens on addr. A peer that has vanished is noticed after 30 s: keep-alive asks three
 // times, after 15, 20 and 25 s of silence. (If the peer has not confirmed what was
 // written to it, the kernel sends that again instead, for minutes.) The host localhost means
 // 127.0.0.1 and ::1, if the machine has both, because many clients try only one of them. localhost
@@ -1993,7 +1994,7 @@ func listenUnix(path string) ([]net.Listener, error) {
 		return nil, err
 	}
 
-	// Its mode alone decides who may connect.
+	// Its mode, and its directory's, decide who may connect.
 	err = os.Chmod(path, 0o660)
 	made, statErr := os.Lstat(path)
 	if err = cmp.Or(err, statErr); err != nil {
@@ -2049,7 +2050,8 @@ const (
 )
 
 // statsFor gets the rows of stats from workLoop for an HTTP request, once all earlier requests are
-// durable. If there is no answer in time it answers w with an error, and returns nil.
+// durable. If the data is not open, or no answer comes in time, it answers w with an error, and
+// returns nil.
 func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []counter {
 	// Until the data is open there is no workLoop to ask.
 	why := s.stage()
@@ -2063,7 +2065,8 @@ func (s *keyValueServer) statsFor(w http.ResponseWriter, r *http.Request) []coun
 	return nil
 }
 
-// askStats asks workLoop for the rows of stats. It returns nil if there is no answer in time.
+// askStats asks workLoop for the rows of stats. It returns nil if there is no answer in time, if
+// the store has failed, or if the server has ended.
 func (s *keyValueServer) askStats(ctx context.Context) []counter {
 	ctx, cancel := context.WithTimeout(ctx, watchTime)
 	defer cancel()
@@ -2213,7 +2216,7 @@ func (s *keyValueServer) watchAt(addr string) (io.Closer, error) {
 	}
 	s.log.Info("watching", "metrics", "http://"+at.String()+"/metrics")
 
-	// Requests for another host name than this are refused (onlyFor).
+	// Requests for another host name than this and localhost are refused (onlyFor).
 	host, _, _ := net.SplitHostPort(addr)
 	return s.watch(listeners, host), nil
 }

@@ -8,8 +8,9 @@ import (
 
 // deadlines tells which key expires next. A key's deadline itself is in its entry, or beside its
 // large entry, so that snapshots have it. Here are the expiries of all keys with a deadline, in
-// order. They lie in chunks, so that adding or removing an expiry moves at most 4 KiB. An expiry
-// takes 16 bytes where chunks are full, and up to 43 where removals have left gaps.
+// order. They lie in chunks, so that adding or removing an expiry moves at most 4 KiB, and the list
+// of chunks if one comes or goes. Of many expiries each takes 16 bytes where chunks are full, and
+// up to 48 where removals have left gaps.
 //
 //	chunks
 //	+---+     +-----------+-----------+-----

@@ -5,7 +5,7 @@ import "hash/maphash"
 // The index tells where a key's entry is. It uses extendible hashing (Fagin et al., TODS 1979): a
 // directory of pages, in which the first bits of a key's hash choose the page. A page that becomes
 // full is split in two, so the index grows by 4 KiB at a time. Only the directory, of 8 bytes a
-// page, is ever copied as a whole: when it doubles.
+// place (a page has one or more), is ever copied as a whole: when it doubles.
 //
 //	directory            page                        slab
 //	+-----+     +------------------------+     +---------------------
@@ -82,7 +82,7 @@ func (p *page) remove(i int) {
 }
 
 // view is the part of a Memory with which keys and values are found. A snapshot is a copy of it:
-// the Memory replaces what a snapshot's view has, and does not change it.
+// the Memory replaces what a snapshot may read, and does not change it.
 type view struct {
 	seed maphash.Seed
 	// by the first bits of the hash; a page of lower depth has several places

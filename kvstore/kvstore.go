@@ -2,8 +2,8 @@
 //
 // kvstore.go is the contract: KVStore is the minimum, and Store is what a fast server needs.
 // Memory is a Store that ends with its process: memory.go (what it does), index.go (how it finds
-// a key), slab.go (how a key and its list lie in memory), large.go (entries that are too large for
-// a slab), deadlines.go (which key expires next) and table.go (arrays that snapshots share). Most
+// a key), slab.go (how a key and its list lie in memory), large.go (entries of over 2 KiB, and long
+// lists), deadlines.go (which key expires next) and table.go (arrays that snapshots share). Most
 // of these files begin with a drawing. In the directories below are:
 //
 //	durable       a Memory with a log, from which Open restores it
@@ -51,9 +51,9 @@ type KVStore interface {
 	Commit() error
 }
 
-// Store is what a fast server needs from a store: KVStore, and methods that answer cheaply what
-// KVStore could only answer at a higher cost. Memory and durable.Store are Stores; StoreOf makes a
-// Store of any KVStore.
+// Store is what a fast server needs from a store: KVStore, methods that answer cheaply what KVStore
+// answers at a higher cost, and methods for what it cannot do, such as deadlines. Memory and
+// durable.Store are Stores; StoreOf makes a Store of any KVStore.
 type Store interface {
 	KVStore
 

@@ -13,7 +13,7 @@ const largeBit = 1 << (addrBits - 1)
 // its hash, unused capacity of the arrays, and the allocator's rounding.
 const perLongValue = 45
 
-// large is an entry that has memory of its own, because it is too large for a slab or its list is
+// large is an entry that has memory of its own, because it has over ownSize bytes or its list is
 // long. Large entries are numbered without gaps: when one is dropped, the last one takes its
 // number, so their table has no empty places.
 type large struct {
@@ -24,7 +24,7 @@ type large struct {
 	shown    bool      // strings that are parts of data were handed out
 }
 
-// longList holds the values of a key that has too many for an entry.
+// longList holds the values of a key that has too many for an entry, or too many bytes in them.
 //
 //	array     | gone | gone | b    | c | d | room |      gone: taken from the front while a
 //	values                  [ b    , c , d ]             reader had the array
@@ -198,8 +198,8 @@ func (m *Memory) takeOut(l *longList, place int) {
 	}
 
 	// The array is copied when the removed values that it keeps have over a quarter of the memory
-	// of the list, or when over three quarters of it are unused. So the cost of all copies stays in
-	// proportion to what is removed.
+	// of the list, or when it is not small and over three quarters of its places are unused. So the
+	// cost of all copies stays in proportion to what is removed.
 	n := len(l.values)
 	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
 		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)

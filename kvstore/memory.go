@@ -314,7 +314,7 @@ func (m *Memory) Count(key string) (n int) {
 
 // Update removes the first value equal to oldValue and appends newValue. On a
 // list of n values that takes time in proportion to n, and about ten times as
-// long if the list was handed out since the last Update, because then it is copied.
+// long if a reader or a snapshot got its array, because then that is copied.
 // An Update that replaces the oldest value takes no longer than a Put.
 func (m *Memory) Update(key, oldValue, newValue string) (replaced bool) {
 	return m.UpdateAt(key, oldValue, newValue, -1) >= 0
@@ -366,7 +366,8 @@ func (m *Memory) Size() (keys, values int, bytes int64) {
 func (m *Memory) KeyBytes() int64 { return m.keyBytes }
 
 // Footprint returns roughly how many bytes of memory the store takes. Memory that snapshots share
-// with it counts once. Memory that waits to be reused, at most 4 MiB, does not count.
+// with it counts once. Memory that only snapshots have, and memory that waits to be reused, at most
+// 4 MiB, does not count.
 func (m *Memory) Footprint() int64 {
 	const pageSize = int(unsafe.Sizeof(page{}))
 	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
@@ -411,7 +412,7 @@ const touchSize = 4 << 20
 // TouchPays reports whether the store is larger than a processor's cache.
 func (m *Memory) TouchPays() bool { return m.used+m.pages<<12 >= touchSize }
 
-// Touch loads what a find of each of these keys needs into the processor's cache, for
+// Touch loads most of what a find of each of these keys needs into the processor's cache, for
 // the requests that follow. One after the other, each request would wait for memory three times.
 // Here those waits overlap, because no step of a loop needs the one before it. (Valkey 8
 // calls this memory access amortization.)

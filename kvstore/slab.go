@@ -15,13 +15,13 @@ import (
 //	| length | key | 0 |                             a long list: its values are elsewhere
 //
 // All numbers are uvarints, except n, which is one byte. Entries lie in slabs, one after the
-// other, and an address is a slab's number and an offset in it. An entry that is too large for
-// that has memory of its own (large.go).
+// other, and an address is a slab's number and an offset in it. An entry of over ownSize bytes, or
+// of a long list, has memory of its own, and its deadline beside it (large.go).
 type entry []byte
 
 const (
 	maxShort      = 8   // values in an entry; a key with more has a long list
-	maxShortBytes = 256 // bytes of these values together, unless there is only one
+	maxShortBytes = 256 // bytes of these values, unless it is only one; more are a long list, too
 	expires       = 128 // added to the number of values: a deadline follows
 
 	slabBits = 18
@@ -45,7 +45,7 @@ const (
 // the garbage collector, which waits for all its readers.
 type slab [slabSize]byte
 
-// account is what Memory knows of a slab and snapshots need not.
+// account is what Memory must know of a slab, but not its snapshots.
 type account struct {
 	written int // bytes
 	live    int // of the written bytes, those in entries that the index points to
@@ -58,7 +58,7 @@ type account struct {
 }
 
 // cleaner limits the dead bytes of slabs. If there are more than allowed, it walks through the slab
-// that has most of them, and moves the live entries to a new slab. For each byte that is written or
+// that has most of them, and moves the live entries to the head. For each byte that is written or
 // dies it walks so far that about two bytes are freed.
 //
 //	bucket 31:  slab 7               nearly all of it is dead: cleaned first

@@ -85,8 +85,8 @@ type copier struct {
 	copied int64      // bytes
 }
 
-// copyAll copies the log files in order, and then STORE: without it the copy is no store. It
-// fails with fs.ErrNotExist if a compaction removes a file before it is open.
+// copyAll copies the log files in order, and then STORE: without it the copy is no store. It fails
+// with fs.ErrNotExist if a compaction removes a file before it is open; in etcd, before it is read.
 func (c *copier) copyAll(dir storage.Directory) (err error) {
 	c.files, err = findFiles(dir)
 	if err != nil {

@@ -71,7 +71,7 @@ func (d *Store) mayCompact() bool {
 
 // isCompacting reports whether a compaction runs. If one has ended, it notes its result first.
 func (d *Store) isCompacting() bool {
-	// Nobody waits for a compaction, so its end is noticed here.
+	// Usually nobody waits for a compaction, so its end is noticed here.
 	select {
 	case c := <-d.compacted:
 		d.noteCompaction(c)
@@ -80,8 +80,8 @@ func (d *Store) isCompacting() bool {
 	return d.compacted != nil
 }
 
-// noteCompaction notes the result of a compaction. One that failed may have left useless
-// files, which the next one removes.
+// noteCompaction notes the result of a compaction. One that failed may have left useless files,
+// which the next check of the files removes (mend), or the next compaction.
 func (d *Store) noteCompaction(c *compaction) {
 	d.compacted = nil
 	d.noteSnapshot(c)
@@ -181,7 +181,7 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 	var payload []byte
 	f := frame{sequence: 1}
 
-	// A store that closes waits for at most one frame.
+	// A store that closes waits for at most one frame, or once all are written, for the rest.
 	flush := func() error {
 		select {
 		case <-stop:

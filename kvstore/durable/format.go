@@ -37,7 +37,7 @@ import (
 // Before its fields a record of an Update or a Remove has the place of the removed value in the
 // list, so that a load need not search for it.
 //
-// A segment's frame holds what one Commit made durable, or a part of that. Its sequence is one more
+// A segment's frame holds the records of one Commit, or some, or none. Its sequence is one more
 // than that of the frame before it, also from segment to segment; a snapshot counts its own frames
 // from 1. A header's first is the sequence of the segment's first frame, or of the first one that
 // the snapshot does not replace. A frame's synced is the last frame that was known to be on disk
@@ -314,7 +314,7 @@ func apply(m *kvstore.Memory, payload string, count uint32) error {
 func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 	place := 0
 	if hasPlace(op) {
-		place = int(min(f.number(), math.MaxInt32)) // a hint: a wrong one only costs a search
+		place = int(min(f.number(), math.MaxInt32)) // a hint: if that value is not there, search
 	}
 
 	key := f.text()
@@ -329,7 +329,7 @@ func (f *fields) applyRecord(m *kvstore.Memory, op byte) error {
 		number = f.number()
 	}
 
-	// No record is applied in part: all fields have been read by now, except a List's values.
+	// Only a List can be applied in part: of other records all fields have been read by now.
 	if f.bad || number > math.MaxInt64 {
 		return errBadRecord
 	}
@@ -523,7 +523,7 @@ func (w *logWriter) write(b []byte) error {
 // zeros returns how many bytes of zeros there are after the last frame.
 func (w *logWriter) zeros() int64 { return w.fileSize - w.size }
 
-// leastZeros is the smallest number of zeros, in bytes, that writeZeros tries on a full disk.
+// leastZeros is how many zeros, in bytes, writeZeros does not halve any more on a full disk.
 const leastZeros = 512
 
 // writeZeros writes zeros until there are this many bytes of them after the last frame. What it

@@ -190,10 +190,10 @@ func (d *Store) fullLook() error {
 	return err
 }
 
-// readBack reads the current file as a start does, and notes whether its frames are still as they
-// were written, so that the next look heals it if not. An error means that it cannot be read. On a
-// slow disk, or if no new file could be made for long, it reads for readTime only: a stop that
-// takes longer is broken off.
+// readBack reads the current file, if it is on a disk, as a start does, and notes whether its
+// frames are still as they were written, so that the next look heals it if not. An error means that
+// it cannot be read. On a slow disk, or if no new file could be made for long, it reads for
+// readTime only: a stop that takes longer is broken off.
 func (d *Store) readBack() error {
 	// Meanwhile the timer must not write.
 	d.writing <- struct{}{}

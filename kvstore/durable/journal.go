@@ -11,8 +11,9 @@ import (
 )
 
 // journal is the end of the log, where it is written. It appends frames, syncs them, writes frames
-// that vouch for them (say that they are on disk), and goes on in a new file. Two goroutines use
-// it: the store's owner, and the timer, which syncs what the owner did not wait for.
+// that vouch for them (say that they are on disk), and goes on in a new file. Two goroutines change
+// it: the store's owner, and the timer, which syncs what the owner did not wait for. Any goroutine
+// may look at it with Store.Syncing.
 type journal struct {
 	// Read-only once the store is open.
 	dir        storage.Directory
@@ -23,7 +24,7 @@ type journal struct {
 
 	// The owner's.
 	size, room  int64     // of the current file, as the owner left it: bytes of frames, and of zeros
-	rotateAfter time.Time // until then no new file is tried
+	rotateAfter time.Time // until then Commit tries no new file because one is full
 	toldNoFile  time.Time // when it was last logged that none can be made; zero: one can be made
 
 	// The disk is full, so all room is kept for requests that free some. The owner sets it, and the
@@ -31,8 +32,8 @@ type journal struct {
 	diskIsFull atomic.Bool
 
 	// Two locks that are held while the disk works: whoever writes a frame or changes the file
-	// holds writing, and whoever syncs holds fsyncs. Each is a channel with one slot, which is
-	// filled to take the lock. Whoever needs both takes writing first.
+	// holds writing, and whoever syncs it while there is a timer holds fsyncs. Each is a channel
+	// with one slot, which is filled to take the lock. Whoever needs both takes writing first.
 	writing chan struct{}
 	fsyncs  chan struct{}
 

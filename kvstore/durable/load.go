@@ -153,7 +153,7 @@ var ErrStray = storage.NewError("perhaps somebody else's file is in the data dir
 		"restore a backup, or save what can be saved: kvserver repair DIR NEW")
 
 // perhapsStray returns err, with an ErrStray if the log file called name may be the cause: it is
-// shorter than a header, which no file of a store ever is, or it is another store's, or no regular
+// shorter than a header, which no store's log file ever is, or it is another store's, or no regular
 // file.
 func (s *files) perhapsStray(err error, name string) error {
 	if name == "" {
@@ -236,7 +236,7 @@ func (s *files) findNew() error {
 
 // checkObsolete returns an error unless the segments that the snapshot replaces are what a
 // crash leaves of a compaction: full and whole. Somebody else has put any other there, as by
-// restoring an older copy over a newer store.
+// restoring an older copy over a newer store, or a heal was broken off by a crash.
 func (s *files) checkObsolete() error {
 	for _, name := range s.obsolete {
 		kind, _ := parseName(name)
@@ -273,8 +273,8 @@ func (s *files) checkObsolete() error {
 }
 
 // readFile reads the next file, and calls each for its frames. The last file is the newest one, or,
-// if that has no frames, the one before it (checkEnd). After an error the next call reads the next
-// file.
+// if a broken-off rotation made that, the one before it (checkEnd). After an error the next call
+// reads the next file.
 func (s *files) readFile(each func(l *logReader, f frame, payload []byte) error) (end logEnd,
 	err error) {
 	l, first := s.logs[s.at], s.first
@@ -350,8 +350,8 @@ func (s *files) isFollowed(number uint64) bool {
 	return l.last > number
 }
 
-// isUnused reports whether l is a segment without frames, and was made while the older file did not
-// have frame next yet. Then nothing of the older file is missing. If it had more frames, its end is
+// isUnused reports whether l is a segment without frames that was made before the older file could
+// have the frame with the sequence next. Then nothing of that file is missing. Otherwise its end is
 // damaged: a rotation makes the next file only when all of the old one is on disk.
 func (s *files) isUnused(l *logReader, next uint64) bool {
 	// first is one higher than next if that frame (frameNext) was not written.
@@ -522,7 +522,7 @@ func (d *Store) resume(ends []logEnd) error {
 // the kernel's memory. A crash in reopen leaves the same frames, and any part of the cleared bytes.
 func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 	w, err := extendLog(dir, end.header, end.stamp, end.offset)
-	if err != nil || end.doubt == end.size { // as after a clean stop
+	if err != nil || end.doubt == end.size { // no frames and no zeros, as in a new file
 		return w, err
 	}
 

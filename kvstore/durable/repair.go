@@ -327,7 +327,8 @@ func isUnbroken(frames []foundFrame, first uint64) bool {
 //   - the newest in which no frame is missing, and none after it; or an empty one, if no frame is
 //     missing from the first on;
 //   - the newest that has its end;
-//   - the newest that has frames.
+//   - the newest that has frames;
+//   - an empty one.
 func (s *salvage) base(frames []foundFrame) *foundFile {
 	// Missing frames at the end cannot be noticed here, because no later frame shows the gap.
 	isComplete := func(file *foundFile) bool {

@@ -30,7 +30,7 @@ type logReader struct {
 	size   int64         // of the file, when it was opened or last read to its end
 	limit  int64         // the size when it was first opened: frames beyond it were written since
 	offset int64         // of the next frame
-	next   uint64        // sequence of the next frame; 0: any, because the header cannot be read
+	next   uint64        // sequence of the next frame; 0: any, because the header does not say it
 	buf    []byte        // the last payload with its padding, kept for the next one
 	doubts []int64       // offsets of the frames that no later frame calls synced
 
@@ -334,7 +334,7 @@ type logEnd struct {
 	frames int           // how many are good
 	next   uint64        // sequence of the frame that would follow
 	offset int64         // of the end of the last good frame
-	doubt  int64         // offset of the first good frame that no later one calls synced
+	doubt  int64         // offset of the first frame that no later one calls synced; none: the end
 
 	size  int64 // of the file
 	tail  tail  // what is after offset
@@ -454,9 +454,9 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	}
 	end.size = max(end.size, l.size)
 
-	// A commit that was never whole on disk was never answered. But a frame that a later one calls
-	// synced was on disk, and so was all of a file that says that another follows. Zeros are no
-	// bytes here, but room: a rotation that was killed leaves them even after a file's last frame.
+	// With FsyncAlways a commit that was never whole on disk was never answered. But a frame that a
+	// later one calls synced was on disk, and so was all of a file that says that another follows.
+	// Zeros are only room: a rotation that was killed leaves them even after a file's last frame.
 	switch {
 	case later > 0, bytes > 0 && end.isLast():
 		end.tail, end.bad = damaged, damage

@@ -9,10 +9,10 @@ import (
 )
 
 // SPARE is a file of zeros that reserves room on the disk for requests that free some: when the
-// disk is full, it is shortened so that the log can grow by as much. It has at least the bytes of
-// log that it takes to delete every key, one at a time, and after a compaction at most twice that
-// and twice zerosAhead. It belongs to the store's owner, as a logWriter without frames; its file is
-// nil while there is no SPARE.
+// disk is full, it is shortened so that the log can grow by as much. When a write is taken it has,
+// together with the room in the log, the bytes of log that it takes to delete every key, one at a
+// time. After a compaction it has at most twice that and twice zerosAhead. It belongs to the
+// store's owner, as a logWriter without frames; its file is nil while there is no SPARE.
 
 const (
 	spareName = "SPARE"
@@ -21,8 +21,8 @@ const (
 	// record's, and the padding to a multiple of 8.
 	deleteExtra = frameSize + recordExtra + 8
 
-	// The part of zerosAhead that SPARE has for Removes, beside the room for Deletes: 64 KiB of
-	// 1 MiB.
+	// The part of zerosAhead that SPARE has beside the bytes of all Deletes, as for the blocks of a
+	// compaction's files (squeeze): 64 KiB of 1 MiB. Removes leave it.
 	spareShare = 16
 )
 

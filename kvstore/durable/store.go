@@ -2,7 +2,7 @@
 //
 //	store.go    the Store: its operations, Commit, Close
 //	journal.go  the end of the log: appending, fsync, the timer, and going on in the next file
-//	spare.go    room on the disk, and SPARE, whose room goes to Deletes when the disk is full
+//	spare.go    room on the disk, and SPARE, whose room goes to what frees some on a full disk
 //	format.go   every byte of every file
 //	scan.go     reading one log file, and judging where its good part ends
 //	load.go     which files make the store, reading them in order, and a start
@@ -12,9 +12,10 @@
 //
 // The glossary:
 //
-//	log      the data's, seg-N.log, also called the journal; only Options.Log is for people
-//	frame    records of one Commit in the log, with a checksum; a frame without records says what
-//	         is on disk, or how the log goes on
+//	log      the data's, seg-N.log, also called the journal; only Options.Log is for people. A log
+//	         file is one of its files, or a snapshot
+//	frame    records of one Commit, or of a snapshot, or a part of them, with a checksum; a frame
+//	         without records says what is on disk, or how the file ends
 //	segment  a file of the log, seg-N.log. A full one is finished: the log goes on in the next.
 //	         Compaction replaces full ones by one snapshot file, snap-N.log
 //	spoiled  a file that somebody else has changed or removed; a heal writes all data again
@@ -44,14 +45,15 @@ var (
 	// this one cannot read.
 	ErrOlder = storage.NewError("written by an older kvserver", "Nothing was changed. Start the older "+
 		"kvserver, and have the data written as text: kvserver -c -out FILE Dump")
-	// ErrNoStore is returned by Backup and Repair when the directory to read has no store.
+	// ErrNoStore is returned by Backup and Repair when the directory to read has no store, and by
+	// kvserver check if that is in etcd.
 	ErrNoStore = storage.NewError("no store", "Give what the server has as -data.")
 	// ErrNotEmpty is returned by Backup and Repair when the directory to write is not empty.
 	ErrNotEmpty = storage.NewError("a copy needs a new or an empty directory",
 		"Nothing was copied. Give another directory for the copy.")
-	// ErrSpoiled is returned by Close and by Room when others have changed the files and the data
-	// could not be written again, and by Close when it could not find out whether they have. Then
-	// data that was answered may be missing on disk.
+	// ErrSpoiled is returned by Close, by Room and, in etcd, by Commit when others have changed the
+	// files and the data could not be written again, and by Close when it could not find out
+	// whether they have. Then answered data may be missing on disk.
 	ErrSpoiled = storage.NewError("the files may not be as they were written",
 		"Something may be lost. Look what is there: kvserver check DIR")
 	// ErrOthers is returned by Close when files for which the next start is refused are in the
@@ -93,19 +95,19 @@ type Options struct {
 
 // Sizes and times of the log.
 const (
-	maxRecord   = 1 << 31 // bytes of a record's key and values: a frame's length has 32 bits
+	maxRecord   = 1 << 31 // bytes that one request adds to a frame, whose length has 32 bits
 	recordExtra = 8       // bytes that a record takes beside its key and value, roughly
 	tmpSuffix   = ".tmp"  // ends the name of a file that is not yet whole on disk
 
 	// Bytes of a frame beside its records, and of a frame that the timer may write before it.
 	frameMost = 2*frameSize + 64
 
-	// Full files and the snapshot are compacted when they have more than this many times the bytes
-	// of the live data.
+	// Full files and the snapshot are compacted only when they have more than this many times the
+	// bytes of the live data, except by a heal.
 	maxWaste = 2
 
 	progressTime = time.Second      // between two log lines about a long load
-	vouchTime    = time.Second      // from a Commit to a frame that says that it is on disk
+	vouchTime    = time.Second      // with FsyncAlways, from a Commit to a frame that vouches
 	rotateTime   = time.Second      // before the next try of a new file, or of mostRefused (Room)
 	roomTime     = time.Second / 10 // before a full disk is asked for room again
 	retryTime    = time.Minute      // until the next try of a compaction; of a heal: at most this
@@ -113,10 +115,9 @@ const (
 	readTime     = 2 * time.Second  // for Close to read the current file again
 )
 
-// Store is a kvstore.Store whose Commit returns once everything before it is in a
-// log on disk, from which Open restores the same store. It is not safe for
-// concurrent access: one goroutine, its owner, calls its methods, except those that
-// say otherwise.
+// Store is a kvstore.Store whose Commit returns once everything before it is in a log, as durable
+// as Options.Fsync says. From the log Open restores the same store. A Store is not safe for
+// concurrent access: one goroutine, its owner, calls its methods, except those that say otherwise.
 //
 // It has two goroutines of its own: a compaction, which writes a snapshot and removes the full
 // files that this replaces, and a timer, which syncs the current file and writes frames that say
@@ -138,8 +139,8 @@ type Store struct {
 	toldNoSpare bool      // it was logged that SPARE cannot be opened
 	noRoom      error     // why the last write was refused
 	refused     int64     // bytes of that write's key and values
-	roomAfter   time.Time // until then no try of such writes, or, if small ones go, of mostRefused
-	mostRefused int64     // bytes of the largest refused write since writes were last taken; 0: none
+	roomAfter   time.Time // until then no such write is tried, nor, if small ones go, mostRefused
+	mostRefused int64     // bytes of the largest write refused since all were taken; 0: none
 	noDelete    refusal   // the last refused request that removes its key
 	noRemove    refusal   // the last refused Remove or Take that leaves values
 
@@ -163,8 +164,8 @@ type Store struct {
 }
 
 // Open opens the store in dir; in an empty directory it makes a new store. The store then owns dir
-// and closes it. Errors are those of this package, of package storage and of the file system. If
-// Open refuses what it finds, it has changed nothing, and dir still belongs to the caller.
+// and closes it. Errors are those of this package, of package storage and of dir. If Open refuses
+// what it finds, it has changed nothing but the lock, and dir still belongs to the caller.
 func Open(ctx context.Context, dir storage.Directory, opts Options) (*Store, error) {
 	d := &Store{Memory: kvstore.NewMemory(), lookAfter: time.Now().Add(lookTime),
 		stamps: map[string]storage.Stamp{}, stop: make(chan struct{})}
@@ -412,7 +413,7 @@ func (d *Store) writeFrame(kind uint32) {
 	d.addFrame(kind, d.pending, d.count)
 	d.size, d.room = d.current.size, d.current.zeros()
 	if d.current.isSpoiled && d.noHeal == nil {
-		d.lookAfter = time.Time{} // so that the next Commit checks all files
+		d.lookAfter = time.Time{} // so that this Commit, or the next one, checks all files
 	}
 	<-d.writing
 
@@ -443,9 +444,9 @@ func (d *Store) Syncing() string {
 // stop should wait for that, however long it takes. Any goroutine may call it, also of a nil Store.
 func (d *Store) IsHealing() bool { return d != nil && d.healing.Load() }
 
-// Lost returns a channel that is closed when another process has got the store, or when its
-// directory was moved; then Commit fails. It is nil for a nil Store, and for a lock that does not
-// notice this by itself. Any goroutine may call it.
+// Lost returns a channel that is closed when another process has got the store, when its directory
+// was moved, or when etcd is silent or refuses; then Commit fails. It is nil for a nil Store, and
+// for a lock that does not notice this by itself. Any goroutine may call it.
 func (d *Store) Lost() <-chan struct{} {
 	if d == nil {
 		return nil
@@ -577,9 +578,9 @@ func (d *Store) rotate() (isNew bool, err error) {
 }
 
 // Close ends the store: it makes everything durable whatever Options.Fsync says, writes a last
-// frame that says so if the disk has room for it, and gives up the lock. It reads the current file
-// once, and if others have changed that or another file, writes all data again. After a failed
-// Commit it writes nothing more. It is called once. Nothing happens if d is nil.
+// frame that says so if the disk has room for it, and gives up the lock. On a disk it reads the
+// current file. If others have changed that or another file, it writes all data again. After a
+// failed Commit it writes nothing more. It is called once. Nothing happens if d is nil.
 func (d *Store) Close() error {
 	if d == nil {
 		return nil

@@ -158,7 +158,7 @@ func (d *Disk) Stamps() (map[string]Stamp, error) {
 	return stamps, nil
 }
 
-// Create makes a file and gives it to the directory's owner, if this process may do that.
+// Create makes or empties a file and gives it to the directory's owner, if root may do that (give).
 func (d *Disk) Create(name string) (File, error) {
 	f, err := d.open(name, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
@@ -180,9 +180,9 @@ func (d *Disk) own(name string) {
 	}
 }
 
-// give gives a file to the user and group that info names. If this process may not do that, as in a
-// container without CAP_CHOWN, the file stays root's and the log says so once: a store that only
-// root can use is better than none.
+// give gives a file to the user and group that info names, if this process is root's. If root may
+// not do that, as in a container without CAP_CHOWN, the file stays root's and the log says so once:
+// a store that only root can use is better than none.
 func (d *Disk) give(name string, info fs.FileInfo) {
 	err := keepOwner(d.root, name, info)
 	if err != nil && d.notGiven.CompareAndSwap(false, true) {
@@ -253,7 +253,7 @@ func MakeDisk(path, from string, log *slog.Logger) (d *Disk, undo func(), err er
 		return nil, nil, &advised{err, "Nothing was copied. First create the directory around NEW."}
 	}
 
-	// The next start of the source would refuse a directory of somebody else's among its files.
+	// The copy must not be among the source's files: the next start would refuse the source.
 	source := around
 	if from != "" {
 		source, err = os.Stat(from)

@@ -13,9 +13,9 @@ import (
 )
 
 // LockName is the file that says who holds the lock. It stays when the lock is released: if it were
-// removed, two processes could lock two files of that name. Only a LOCK that was just made, and
-// could not be locked or signed, is removed, one that has replaced ours and that nobody has locked
-// (Verify), and one in a directory that MakeDisk undoes.
+// removed, two processes could lock two files of that name. Only Verify removes one, if it has just
+// made it and cannot lock or sign it, or if it has replaced ours and nobody has locked it; and so
+// does MakeDisk's undo, with its directory.
 const LockName = "LOCK"
 
 // noticeTime is longer than a server takes to notice that its LOCK is gone, and to make another.
@@ -23,8 +23,8 @@ const noticeTime = 2*guardTime + guardTime/2
 
 // Lock locks the directory itself, and the file LOCK in it. Nobody can take the directory's own
 // lock away from its holder; LOCK is for people, for older kvservers, and for file systems that do
-// not lock directories, such as NFS. InUse tries both locks, which takes a moment. Lock does not
-// wait for a process that holds the lock, only for one that may have lost LOCK, and ctx ends that
+// not lock directories, such as NFS. InUse of another process may hold either for a moment, so Lock
+// tries for 50 ms. It waits longer only for a process that may have lost LOCK, and ctx ends that
 // wait.
 func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	l := &diskLock{dir: d, stop: make(chan struct{}), ended: make(chan struct{}),
@@ -58,7 +58,7 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 		return f, err
 	}
 
-	// Without STORE no server can have a store open here.
+	// Without STORE no server has a store open here, unless somebody has removed all its files.
 	_, storeErr := d.root.Lstat(StoreName)
 	if storeErr == nil {
 		d.log.Warn("LOCK is missing beside a store: waiting, for a server may use the store still",
@@ -74,8 +74,8 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 	return tryLock(func() (*os.File, error) { return d.lockFile(os.O_CREATE) })
 }
 
-// tryLock calls lock until it succeeds, for 50 ms: InUse of another process may hold the lock for a
-// moment.
+// tryLock calls lock again while that returns an ErrLocked, for 50 ms: InUse of another process may
+// hold the lock for a moment.
 func tryLock(lock func() (*os.File, error)) (f *os.File, err error) {
 	f, err = lock()
 
@@ -200,14 +200,14 @@ func (l *diskLock) guard() {
 }
 
 // Verify checks that the path still leads to the directory, and that the lock is ours: it returns
-// an ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
-// gone. If LOCK is another file now, Verify replaces it only while the directory itself is locked
-// and no process has locked that file.
+// an ErrMoved if not, and another error if that cannot be found out, or LOCK not be made, now. It
+// replaces a LOCK that is gone. If LOCK is another file now, Verify replaces it only while the
+// directory itself is locked and no process has locked that file.
 func (l *diskLock) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 
-	// Check the path, which the next start will use: the directory that we hold open has no path.
+	// Check the path, which the next start will use: it may lead elsewhere than to what we hold.
 	isThere, err := l.dir.isThere()
 	switch {
 	case err != nil:

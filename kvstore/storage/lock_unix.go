@@ -54,8 +54,8 @@ func (d *Disk) lockFile(flag int) (*os.File, error) {
 	return nil, err
 }
 
-// isLocked reports whether the file is locked by another open file. If not, it locks f shared until
-// f is closed.
+// isLocked reports whether another open file has an exclusive lock on the file. If not, it locks f
+// shared until f is closed.
 func isLocked(f *os.File) bool {
 	return syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == syscall.EWOULDBLOCK
 }

@@ -9,7 +9,7 @@ import (
 func (d *Disk) lockSelf() (*os.File, error) { return nil, nil }
 
 // lockFile opens LOCK, or makes it if flag is os.O_CREATE, so that only this process may write it
-// until the process ends. Others may read who that is. (Nobody can remove LOCK meanwhile, so again
+// until it is closed. Others may read who that is. (Nobody can remove LOCK meanwhile, so again
 // is never needed.)
 func (d *Disk) lockFile(flag int) (*os.File, error) {
 	path, err := syscall.UTF16PtrFromString(d.Path(LockName))
@@ -36,8 +36,8 @@ func (d *Disk) lockFile(flag int) (*os.File, error) {
 	return os.NewFile(uintptr(h), d.Path(LockName)), nil
 }
 
-// isLocked reports whether another process holds the lock on the file: then it cannot be opened for
-// writing.
+// isLocked reports whether a process, which may be this one, holds the lock on the file: then it
+// cannot be opened for writing. (It cannot either if this user may only read it.)
 func isLocked(f *os.File) bool {
 	again, err := os.OpenFile(f.Name(), os.O_RDWR, 0)
 	if err != nil {

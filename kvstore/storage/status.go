@@ -26,8 +26,8 @@ func (s *Status) Stage() string {
 	return "opening the data"
 }
 
-// Confirmed is when the last sign of life was sent that the cluster has confirmed: since then the
-// store is known to be ours. It is the zero time for a store on a disk.
+// Confirmed is when the last sign of life was sent that the cluster has confirmed: the store is
+// known to have been ours until then. It is the zero time for a store on a disk.
 func (s *Status) Confirmed() time.Time {
 	if at := s.confirmed.Load(); at != nil {
 		return *at
@@ -79,6 +79,6 @@ func (h *Histogram) Read() (atMost []int64, all int64, sum float64) {
 		atMost = append(atMost, all)
 	}
 
-	// The last element includes the amounts above all bounds, which only all counts.
+	// The last element also has the amounts above the largest bound: they are left out.
 	return atMost[:len(h.Bounds())], all, float64(h.micros.Load()) / 1e6
 }

@@ -40,7 +40,7 @@ type Directory interface {
 	Rename(from, to string) error
 	// Remove removes a file. It returns fs.ErrNotExist if no file has that name.
 	Remove(name string) error
-	// Sync makes creations, renames and removals durable. It opens no new file descriptor.
+	// Sync makes creations, renames and removals durable. A disk's opens no new descriptor.
 	Sync() error
 	// Lock keeps other processes out of the directory until the lock is closed. While another
 	// process holds the lock, Lock fails with an ErrLocked that names that process (a disk, and
@@ -55,13 +55,13 @@ type Directory interface {
 	// Path returns how people call the file of that name; for an empty name, the directory.
 	Path(name string) string
 	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once
-	// a file has segment bytes. Full files are not compacted while together they have fewer than
-	// compact bytes. A file is extended by that many zeros at a time; if there are none, by what is
-	// written. The sizes are final once the lock is held.
+	// a file has segment bytes. While full files have fewer than compact bytes, only a heal or a
+	// full disk has them compacted. The current file is extended by about that many zeros at a
+	// time; if there are none, by what is written. The sizes may be known only under the lock.
 	Sizes() (segment, compact int64, zeros int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
-	// bytes, and afterwards for toDelete more, which Deletes will take. A request that frees room
-	// may use room that other writes leave.
+	// bytes. It also leaves room for Deletes, which will take toDelete bytes, as far as it can. A
+	// request that frees room may use room that other writes leave.
 	RoomFor(bytes, toDelete int64, frees bool) error
 	// Close releases what the directory holds open. Locks and files are closed by their owners.
 	Close() error
@@ -99,7 +99,7 @@ type File interface {
 // from itself before a change.
 type Stamp struct {
 	ID      any       // which file: comparable, or an os.FileInfo
-	Size    int64     // bytes
+	Size    int64     // bytes; 0 in etcd
 	Changed time.Time // when the contents changed last; the zero time where nobody knows
 }
 
@@ -182,7 +182,8 @@ var (
 	// ErrNotOurs is returned for a directory that is not a store, or a file that is not a store's.
 	ErrNotOurs = NewError("not a data directory", "Nothing was changed. Take out what is not a "+
 		"store's, or give another directory: for new data or a copy an empty one, not inside a store's.")
-	// ErrInside is returned for a copy of a store into its own directory, or into one inside that.
+	// ErrInside is returned for a copy of a store into its own directory, or into one inside that;
+	// in etcd also into a prefix around the store's.
 	ErrInside = NewError("a store cannot be copied into itself",
 		"Nothing was changed. Give another directory for the copy.")
 	// ErrLocked is returned when another process has the store open.
@@ -192,8 +193,8 @@ var (
 	// never returns it. The right to write is not lost, but nothing may be answered before all data
 	// was written again.
 	ErrGone = errors.New("files of the data directory were removed or replaced")
-	// ErrMoved is returned when the directory of an open store, or its LOCK, was moved, removed or
-	// replaced.
+	// ErrMoved is returned when the directory of an open store was moved, removed or replaced, or
+	// when LOCK is another file by now and perhaps another process's.
 	ErrMoved = NewError("the data directory is not where it was",
 		"Put it back, then start again: all that was answered is in it.")
 )

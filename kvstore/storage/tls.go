@@ -47,7 +47,7 @@ func TLSConfig(cert, key, ca string) (*tls.Config, error) {
 // Times of certificates.
 const (
 	LookAgain = 10 * time.Second    // between two reads of the files
-	WarnAgain = 24 * time.Hour      // between two warnings
+	WarnAgain = 24 * time.Hour      // between two warnings, except before the last
 	warnAhead = 14 * 24 * time.Hour // before the certificate ends
 )
 

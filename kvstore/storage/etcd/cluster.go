@@ -42,7 +42,7 @@ const (
 
 	pieceLeast = 16 << 10 // least limit of a piece's bytes as it is sent: a lower one helps no link
 	pieceFirst = 64 << 10 // the same at first: pieces double while the link is fast enough
-	pieceMost  = 1 << 20  // bytes of a piece, packed or not: etcd takes requests of 1.5 MiB
+	pieceMost  = 1 << 20  // bytes of a piece without joined ones: etcd takes requests of 1.5 MiB
 	pageFirst  = 64 << 10 // bytes of the pieces that one request asks for, at first
 	pageMost   = 3 << 20  // the same at most: gateways before 3.4.17 answer at most 4 MiB
 	keysMost   = 4 << 10  // keys that one request asks for: each time etcd counts all that follow, too
@@ -54,22 +54,24 @@ const (
 
 // Errors of a store in etcd.
 var (
-	// ErrAddress is returned for an address without members, or without a prefix.
+	// ErrAddress is returned for an address without members, ports or a prefix, and for an option
+	// that there is not.
 	ErrAddress = storage.NewError("no address of data in etcd",
 		"Give the members and a prefix: -data etcd://host1:2379,host2:2379/kv")
-	// ErrUnreachable is returned when no member of the cluster has answered: to a single request
-	// for requestTime, in all for patienceTime or more.
+	// ErrUnreachable is returned when no member of the cluster has answered, or only with failures
+	// that may pass: to a single request for requestTime, in all for patienceTime or more; and when
+	// too few members answer for a new store.
 	ErrUnreachable = storage.NewError("etcd does not answer", "Nothing is lost. Look whether etcd runs "+
 		"at these addresses, with TLS (etcds://) or without, and has a leader: "+
 		"etcdctl endpoint status --cluster")
-	// ErrRefused is returned when etcd answers, but refuses us: a wrong certificate, user or
-	// password, or a missing permission.
+	// ErrRefused is returned when etcd, or what answers in its place, refuses us: a wrong
+	// certificate, user or password, or a missing permission; and for bad files of certificates.
 	ErrRefused = storage.NewError("etcd refuses", "Look at the address in -data (etcds:// for TLS, "+
 		"with ?ca=FILE&cert=FILE&key=FILE) and at KVSERVER_ETCD_USER=name:password.")
 	// ErrTooLarge is returned when etcd's limit on the size of a request is too low for us.
 	ErrTooLarge = storage.NewError("etcd takes only smaller requests",
 		"Raise etcd's --max-request-bytes (1.5 MiB if not set).")
-	// ErrTakenOver is returned when another process has taken the lock.
+	// ErrTakenOver is returned when another process has taken the lock, or may have had it since.
 	ErrTakenOver = storage.NewError("another server has taken the data over",
 		"Nothing is lost. Start it again. Was it paused or cut off?")
 	// ErrOther is returned when a member belongs to another cluster than the members that have
@@ -90,7 +92,7 @@ var (
 
 // cluster sends requests to an etcd cluster. Any goroutine may use it.
 type cluster struct {
-	members        []string // http://host:port
+	members        []string // http://host:port, with TLS https://
 	http           *http.Client
 	user, password string
 	log            *slog.Logger
@@ -376,7 +378,7 @@ func (c *cluster) survey(ctx context.Context) (ids []string) {
 	}
 	wg.Wait()
 
-	// A member of another cluster does not count, even if it leads there.
+	// A member of another cluster is not asked first, even if it leads there.
 	for i, status := range answers {
 		ids = append(ids, status.Header.Cluster)
 		if c.recognize(c.members[i], status, 0, false) == nil && status.Leader != "" &&

@@ -31,11 +31,12 @@ import (
 //	d/ID/PIECE  some bytes of the file with this id: PIECE has the piece's number, and their
 //	            offset and size. A value shorter than this size is compressed (DEFLATE)
 //
-// Every transaction of the holder compares the lock with what the holder has put there. So a
-// process that has lost the lock can change nothing any more, however late its requests arrive. A
-// transaction also compares the state that it follows: the name's id and the piece before, or the
-// step. And it may be sent again when its answer was lost: a piece has a key of its own and never
-// changes, and a change of names puts the next step, so that it cannot happen twice.
+// Every change by the holder is a transaction that compares the lock with what the holder has put
+// there (except a retake of the lock). So a process that has lost the lock can change nothing any
+// more, however late its requests arrive. A write and a change of names also compare the state that
+// they follow: the name's id and the piece before, or the step. And they may be sent again when the
+// answer was lost: a piece has a key of its own and never changes, and a change of names puts the
+// next step, so that it cannot happen twice.
 //
 // An etcd lease would not do: its time starts again when the cluster gets another leader.
 type directory struct {
@@ -74,7 +75,7 @@ func (a access) enter() (end func()) {
 
 func (a access) leave() { <-a }
 
-// segmentBytes is how large a log file becomes, in bytes.
+// segmentBytes is how large a segment becomes, in bytes; in a small database it is less (Sizes).
 const segmentBytes = 16 << 20
 
 // Options are what Open needs to know. The zero value is for a process that is no server.
@@ -91,7 +92,8 @@ func IsAddress(path string) bool {
 	return strings.HasPrefix(path, "etcd:") || strings.HasPrefix(path, "etcds:")
 }
 
-// Overlap reports whether one of two addresses is the other one, or inside its prefix.
+// Overlap reports whether one of two addresses is the other one, or inside its prefix, as far as
+// their texts show it: with options, or other members, only mayBegin can find that out.
 func Overlap(a, b string) bool {
 	a, b = strings.TrimRight(a, "/")+"/", strings.TrimRight(b, "/")+"/"
 	return strings.HasPrefix(a, b) || strings.HasPrefix(b, a)
@@ -244,8 +246,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After a storage.ErrGone it is not known whether they were applied. An errUnlike
-// says that a comparison of a write does not hold.
+// has applied them. After an errSmaller or a storage.ErrGone it is not known whether they were
+// applied. An errUnlike says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")
@@ -296,8 +298,8 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 // stepValue is the value of the key step after n changes.
 func (d *directory) stepValue(n int) []byte { return fmt.Appendf(nil, "%s-%d", d.steps, n) }
 
-// beginSteps starts a new series of steps. The caller has access. The step that is there is
-// compared, so that the request is harmless if the network delivers it a second time, later.
+// beginSteps starts a new series of steps. The caller has access, or is readAll. The step that is
+// there is compared, so that the request is harmless if the network delivers it again, later.
 func (d *directory) beginSteps() error {
 	step, revision := d.key("step"), int64(0)
 	answer, err := d.call("kv/txn", transaction{Success: []operation{readKey(step)}}, 0)
@@ -370,7 +372,7 @@ func (d *directory) change(ids map[string]string) error {
 	for name, id := range ids {
 		delete(d.lost, name)
 		if f := d.files[id]; f != nil {
-			f.name = name // also of a dead file: check looks for dead files by name
+			f.name = name // which the file's next write compares (add)
 		}
 	}
 	d.setNames(names)
@@ -403,7 +405,7 @@ func (d *directory) sweep(ids []string) error {
 	return nil
 }
 
-// readAll reads what is in etcd, once the lock is held.
+// readAll reads what is in etcd, once the lock is held. It needs no access: nobody else has d yet.
 func (d *directory) readAll() error {
 	// A new series of steps makes every change fail that was sent before, and arrives late.
 	if err := d.beginSteps(); err != nil {
@@ -454,7 +456,7 @@ func (d *directory) Stamps() (map[string]storage.Stamp, error) {
 	return *d.stamps.Load(), nil
 }
 
-// setNames sets names, and makes their stamps. The caller has access.
+// setNames sets names, and makes their stamps. The caller has access, or is readAll.
 func (d *directory) setNames(names map[string]string) {
 	stamps := map[string]storage.Stamp{}
 	for name, id := range names {
@@ -709,7 +711,7 @@ func (d *directory) mayBegin(ctx context.Context) error {
 	return nil
 }
 
-// fileID returns the id of a name. The caller has access.
+// fileID returns the id of a name. The caller has access, or this process has no lock.
 func (d *directory) fileID(name string) (id string, err error) {
 	// The holder of the lock knows all names. Any other process asks etcd each time.
 	names := d.names
@@ -760,8 +762,8 @@ func (d *directory) Extend(name string) (storage.File, error) {
 	return f, err
 }
 
-// Open opens a file. The holder of the lock asks etcd for a file's pieces only once: nobody else
-// writes the file.
+// Open opens a file. For the holder of the lock it asks etcd for a file's pieces only the first
+// time: nobody else writes the file.
 func (d *directory) Open(name string) (storage.File, int64, error) {
 	defer d.access.enter()()
 

@@ -505,8 +505,8 @@ var packers = sync.Pool{New: func() any {
 	return packer
 }}
 
-// pack returns b compressed, or b itself if that is not longer. Each byte is expensive: it travels
-// in base64, and every member has it in its log and its database.
+// pack returns b compressed, or b itself if b is small or does not shrink. Each byte is expensive:
+// it travels in base64, and every member has it in its log and its database.
 func pack(b []byte) []byte {
 	if len(b) < packLeast {
 		return b

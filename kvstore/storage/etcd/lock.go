@@ -61,7 +61,7 @@ type clusterLock struct {
 	silent  bool          // the log has said that etcd does not answer; used by beat alone
 }
 
-// isOurs is the comparison that every transaction of the holder makes.
+// isOurs is the comparison that every change by the holder makes, except a retake.
 func (l *clusterLock) isOurs() comparison { return isValue(l.d.key("lock"), l.value) }
 
 // isOursIn reports whether lock, read from etcd, is ours.
@@ -238,7 +238,7 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 }
 
 // standBy tells the status and the log what Lock waits for, or returns the error with which Lock
-// gives up. err is the result of the last look, and before the lock's revision at the look before.
+// gives up. err is that of the last look or take, before the lock's revision at the look before.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
 	isImpatient, soFar := d.opts.Addr == "", time.Since(w.began)
@@ -270,7 +270,7 @@ func (d *directory) standBy(w *sight, before int64, err error) error {
 		stage = "there is no lock, and who had it may live still"
 	}
 
-	// The log is told of each reason once, without its duration, which comes after a comma.
+	// The log is told when the reason changes. The duration, after a comma, is not compared.
 	d.opts.Status.Set("standby: " + stage)
 	if what, _, _ := strings.Cut(stage, ","); what != w.told {
 		w.told = what
@@ -487,7 +487,7 @@ func (l *clusterLock) Close() error {
 // release gives the lock back, if it is ours. If that fails, other servers have to wait for
 // lockTime.
 func (l *clusterLock) release() {
-	if l.value == nil { // take was never called
+	if l.value == nil { // take has sent nothing
 		return
 	}
 

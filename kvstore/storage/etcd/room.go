@@ -17,7 +17,7 @@ import (
 // Delete. So RoomFor refuses writes before that, then Removes and Takes, and keeps the last room
 // for Deletes.
 const (
-	marginMost  = 64 << 20 // bytes kept for what frees room, at most: else an eighth of the quota
+	marginMost  = 64 << 20 // bytes kept for what frees room, or an eighth of the quota, if less
 	garbageMost = 8 << 20  // bytes that we have replaced or removed, until etcd is to forget them
 	pieceExtra  = 512      // bytes that a piece takes in the database beside its value, about
 	surveyTime  = time.Second
@@ -29,7 +29,7 @@ var errFull = fmt.Errorf("etcd is full: compact and defragment it, or raise its 
 
 // room is what is known of the room in a cluster's databases. Any goroutine may use it.
 type room struct {
-	piece   atomic.Int64 // bytes of the next piece as it is sent, at most
+	piece   atomic.Int64 // bytes of the next piece as it is sent, at most, without joined ones
 	full    atomic.Bool  // etcd refuses every put
 	quota   atomic.Int64 // bytes of a member's database, at most; 0: not known
 	spent   atomic.Int64 // bytes that we have written so far
