@@ -96,7 +96,7 @@ func (l *logReader) close() {
 	}
 }
 
-// beginAfter makes the first frame behind the header h the next one to be read.
+// beginAfter makes the first frame after the header h the next one to be read.
 func (l *logReader) beginAfter(h fileHeader) {
 	l.header, l.seed, l.next, l.offset = h, h.seed(), h.first, headerSize
 	if h.kind == kindSnapshot {
