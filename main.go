@@ -83,9 +83,7 @@ const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
 	exitMisuse  = 2 // the command line or the environment is wrong
 
-	// For a stop; then the process ends, except during a heal (giveUp). While the data is opened a
-	// stop has a fifth of that.
-	stopTime    = 5 * time.Second
+	stopTime    = 5 * time.Second // for a stop, beside a heal (giveUp); a fifth while data is opened
 	connectTime = 5 * time.Second // without -timeout: to connect, for -c's first and -ping's answer
 )
 
@@ -1374,14 +1372,16 @@ func (t *talker) readEnd(w *bufio.Writer, line []byte) error {
 // ended returns the error of a conversation whose connection has failed with err, which is io.EOF
 // if the server has closed it, or errQuiet; nil if everything was answered.
 func (t *talker) ended(err error) error {
-	// Was all of the input sent?
+	// Was all of the input sent? After a Quit the server closes, and the sender may not be done.
 	end := errGone
 	if t.quit > 0 {
 		end = io.EOF
 	}
-	select {
-	case end = <-t.sent:
-	default:
+	if len(t.sent) > 0 || t.quit > 0 && !t.isTyped {
+		select {
+		case end = <-t.sent:
+		case <-time.After(closeTime): // an input that stays open
+		}
 	}
 
 	// Was all that was sent answered?

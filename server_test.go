@@ -824,6 +824,19 @@ func TestCommand(t *testing.T) {
 			}
 		}
 
+		// The input goes on when the server has closed already, or just stays open.
+		for rest, want := range map[string]error{"": nil, "Delete:k\n": errUnanswered} {
+			in, w := io.Pipe()
+			go func() {
+				io.WriteString(w, "Quit\n")
+				<-time.After(closeTime / 2)
+				io.WriteString(w, rest)
+			}()
+			_, err := talk(&talker{conn: n.Dial(t).Conn, in: in, out: command.Closing(io.Discard)})
+			is.Equal(t, "an error is "+fmt.Sprint(want), errors.Is(err, want), true)
+			w.Close()
+		}
+
 		a := n.Dial(t)
 		go func() {
 			<-time.After(time.Second)
