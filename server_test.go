@@ -3148,20 +3148,8 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 	})
 }
 
-// Ensure that a client that goes on keeps one burst alive, and not every earlier one.
 func TestMemoryOfABusyClient(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.Ask("Ping", ":PONG")
-		before := protocol.HeapBytes()
-
-		// Each chain is shorter than the last: its spare queries must keep no earlier burst.
-		for lines := maxChain; lines > 0; lines -= 8 {
-			a.Send("Get:" + strings.Repeat("x", testMaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
-			a.Ask("Ping", ":PONG")
-		}
-		is.Between(t, "bytes more of a busy client", protocol.HeapBytes()-before, math.MinInt, 10*testMaxLine)
-	})
+	protocol.MemoryOfABusyClient(t, serveEmpty, maxChain)
 }
 
 // Ensure that a client has no more memory for bursts than the bytes that it has sent in the last

@@ -137,6 +137,23 @@ func MemoryOfAnEndlessLine(t *testing.T, start Start) {
 	})
 }
 
+// MemoryOfABusyClient ensures that a client that goes on keeps one burst alive, and not every
+// earlier one. A chain has maxChain requests at most.
+func MemoryOfABusyClient(t *testing.T, start Start, maxChain int) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+		a.Ask("Ping", ":PONG")
+		before := HeapBytes()
+
+		// Each chain is shorter than the last: its spare queries must keep no earlier burst.
+		for lines := maxChain; lines > 0; lines -= 8 {
+			a.Send("Get:" + strings.Repeat("x", MaxLine-10) + strings.Repeat("\nGet:a", lines-1) + "\n")
+			a.Ask("Ping", ":PONG")
+		}
+		is.Between(t, "bytes more of a busy client", HeapBytes()-before, math.MinInt, 10*MaxLine)
+	})
+}
+
 // HeapBytes returns how many bytes of memory are in use.
 func HeapBytes() int {
 	var m runtime.MemStats
