@@ -1946,29 +1946,8 @@ func TestTakeOnRealSockets(t *testing.T) {
 	})
 }
 
-// Ensure that a client whose Take waits takes little more memory than a quiet one, whatever it has
-// sent before it.
 func TestTakeIsSmallWhileItWaits(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const takers = 100
-		clients := n.DialMany(t, takers, func(_ int, a *protocol.Client) { a.Ask("Ping", ":PONG") })
-		burst := strings.Repeat("Delete:k\n", burstSize/16)
-
-		before := heapOfQuiet()
-		for i, a := range clients {
-			go func() {
-				a.Send(burst)
-				a.Send(fmt.Sprintf("Take:k%d:3600\n", i))
-			}()
-		}
-
-		is.Between(t, "bytes of a Take that waits", (heapOfQuiet()-before)/takers, math.MinInt, 1<<10)
-
-		for i, a := range clients {
-			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
-			a.Close()
-		}
-	})
+	protocol.TakeIsSmallWhileItWaits(t, serveEmpty, burstSize, quietAfter)
 }
 
 // ---- server.go: -max-memory and -max-queues
@@ -2737,6 +2716,26 @@ func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
 	}
 }
 
+// Ensure that a Keys with a long line waits for others' Keys while lines have no more than their
+// share.
+func TestMemoryLimitOfALineBesideKeys(t *testing.T) {
+	inBubble(t, func(t *testing.T, n *fakeNet) {
+		n.server.maxLine = 1 << 20
+		n.server.budget.limitTo(16<<20, 0)
+		n.server.budget.inputs.Add(n.server.budget.forBursts())
+		for range maxSnapshots {
+			n.server.snapshots.slots <- struct{}{}
+		}
+
+		a := n.DialAck(t)
+		a.Send("Keys:" + strings.Repeat("v", 60*kilo) + "\n")
+		world.Pass(slowAfter)
+		a.WantNothing()
+		<-n.server.snapshots.slots
+		a.Want(":OK 0")
+	})
+}
+
 // wantLinesBounded expects so many clients with lines of at most burstSize to take no more memory
 // than the budget's table says.
 func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
@@ -3115,7 +3114,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 		}
 
 		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *protocol.Client) { speak(a, "Get:k", 1) })
-		before := heapOfQuiet()
+		before := protocol.HeapOfQuiet(quietAfter)
 
 		for _, burst := range []int{80, maxChain,
 			2 * burstSize / len("Get:k\n")} { // read at once, in several chains, into large buffers
@@ -3123,7 +3122,7 @@ func TestMemoryOfQuietClients(t *testing.T) {
 				speak(a, "Get:k", burst)
 			}
 			is.Between(t, fmt.Sprint("bytes more of a quiet client after a burst of ", burst),
-				(heapOfQuiet()-before)/len(clients), math.MinInt, 2<<10)
+				(protocol.HeapOfQuiet(quietAfter)-before)/len(clients), math.MinInt, 2<<10)
 		}
 	})
 }
@@ -4736,12 +4735,6 @@ func allocated(do func()) uint64 {
 	do()
 	runtime.ReadMemStats(&after)
 	return after.TotalAlloc - before.TotalAlloc
-}
-
-// heapOfQuiet is heapBytes once all clients are quiet, and have given back what they can.
-func heapOfQuiet() int {
-	world.Pass(3 * quietAfter)
-	return protocol.HeapBytes()
 }
 
 // binary returns a command that runs the server as a process of its own.

@@ -154,6 +154,37 @@ func MemoryOfABusyClient(t *testing.T, start Start, maxChain int) {
 	})
 }
 
+// TakeIsSmallWhileItWaits ensures that a client whose Take waits takes little more memory than a
+// quiet one, whatever it has sent before it, such as a burst of so many bytes.
+func TakeIsSmallWhileItWaits(t *testing.T, start Start, burst int, quietAfter time.Duration) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		const takers = 100
+		clients := n.DialMany(t, takers, func(_ int, a *Client) { a.Ask("Ping", ":PONG") })
+		requests := strings.Repeat("Delete:k\n", burst/16)
+
+		before := HeapOfQuiet(quietAfter)
+		for i, a := range clients {
+			go func() {
+				a.Send(requests)
+				a.Send(fmt.Sprintf("Take:k%d:3600\n", i))
+			}()
+		}
+
+		is.Between(t, "bytes of a Take that waits", (HeapOfQuiet(quietAfter)-before)/takers, math.MinInt, 1<<10)
+
+		for i, a := range clients {
+			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
+			a.Close()
+		}
+	})
+}
+
+// HeapOfQuiet is HeapBytes once all clients are quiet, and have given back what they can.
+func HeapOfQuiet(quietAfter time.Duration) int {
+	world.Pass(3 * quietAfter)
+	return HeapBytes()
+}
+
 // HeapBytes returns how many bytes of memory are in use.
 func HeapBytes() int {
 	var m runtime.MemStats
