@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -91,6 +92,12 @@ func SignalsTwice(t *testing.T, program protocol.Program) {
 // server whose log goes there, but not one that is to stay (nohup).
 func SignalsOnATerminal(t *testing.T, program protocol.Program) {
 	t.Parallel()
+
+	// Where the tests themselves ignore SIGHUP, as under nohup, the server would, too.
+	notice := make(chan os.Signal, 1)
+	signal.Notify(notice, syscall.SIGHUP)
+	defer signal.Stop(notice)
+
 	for _, ignore := range []string{"", "trap '' HUP; "} {
 		// This device is a terminal for the server: it has characters, and is not the null device.
 		terminal, err := os.OpenFile("/dev/zero", os.O_WRONLY, 0)
@@ -119,7 +126,9 @@ func SignalsOnATerminal(t *testing.T, program protocol.Program) {
 			}
 			cmd.Process.Signal(syscall.SIGTERM)
 		}
-		a.WantClosed()
+		if a.WantClosed(); t.Failed() {
+			return // or Wait might never end
+		}
 		is.OK(t, cmd.Wait())
 	}
 }
