@@ -83,7 +83,7 @@ const (
 	exitFailure = 1 // kvserver could not do what it was asked to do
 	exitMisuse  = 2 // the command line or the environment is wrong
 
-	stopTime    = 5 * time.Second // for a stop, beside a heal (giveUp); a fifth while data is opened
+	stopTime    = 5 * time.Second // for a stop without a heal (giveUp); a fifth of it while opening
 	connectTime = 5 * time.Second // without -timeout: to connect, for -c's first and -ping's answer
 )
 

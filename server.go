@@ -1865,7 +1865,7 @@ func (s *keyValueServer) stats() []counter {
 			s.requests[malformed] + s.requests[foreign]},
 		{"replies_dropped_total", "Replies that clients lost because they did not read.",
 			s.lostReplies.Load()},
-		{"queued_bytes", "Replies that wait to be read by all clients.", s.budget.queued.Load()},
+		{"queued_bytes", "Replies of all clients that wait to be read.", s.budget.queued.Load()},
 		{"queued_limit_bytes", "How much they may be (-max-queues); 0: no limit.", s.budget.forQueues()},
 		{"writes_refused_total", "Writes that were refused: no room on disk or in memory, or spoiled files.",
 			s.refusedByStore.total + s.refusedForMemory.total},

@@ -13,11 +13,11 @@ import (
 // errStopped ends a compaction because the store closes.
 var errStopped = errors.New("the store closes")
 
-// compact starts a compaction in the background, if the full files have at least minCompact bytes
-// and more than maxWaste times those of the live data: a snapshot then replaces all full files.
-// compact is called when a file has become full, or while the current one is empty, and the
-// snapshot is what Memory holds then. So no file is read again, and a full file's rotten bit goes
-// with the file. A compaction always replaces the whole beginning of the log: a part of it, merged
+// compact starts a compaction in the background, if the full files and the snapshot have at least
+// minCompact bytes, and more than maxWaste times those of the live data: a new one then replaces
+// all of these. compact is called when a file has become full, or while the current one is empty,
+// and the new snapshot is what Memory holds then. So no file is read again, and a rotten bit goes
+// with its file. A compaction always replaces the whole beginning of the log: a part of it, merged
 // without what came before, would bring deleted keys back (bitcask issue 82, badger issue 2143,
 // leveldb issue 184).
 func (d *Store) compact() {
@@ -181,7 +181,7 @@ func writeAll(w *logWriter, store kvstore.Snapshot, stop <-chan struct{}) error 
 	var payload []byte
 	f := frame{sequence: 1}
 
-	// A store that closes waits for at most one frame, or once all are written, for the rest.
+	// A store that closes waits for one frame at most; after the last one, until run has ended.
 	flush := func() error {
 		select {
 		case <-stop:

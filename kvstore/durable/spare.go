@@ -9,9 +9,9 @@ import (
 )
 
 // SPARE is a file of zeros that reserves room on the disk for requests that free some: when the
-// disk is full, it is shortened so that the log can grow by as much. When a write is taken it has,
-// together with the room in the log, the bytes of log that it takes to delete every key, one at a
-// time. After a compaction it has at most twice that and twice zerosAhead. It belongs to the
+// disk is full, it is shortened so that the log can grow by as much. When a write is taken, SPARE
+// and the room in the log have together the bytes of log that it takes to delete every key, one at
+// a time. After a compaction SPARE has at most twice that and twice zerosAhead. It belongs to the
 // store's owner, as a logWriter without frames; its file is nil while there is no SPARE.
 
 const (

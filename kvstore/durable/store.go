@@ -139,7 +139,7 @@ type Store struct {
 	toldNoSpare bool      // it was logged that SPARE cannot be opened
 	noRoom      error     // why the last write was refused
 	refused     int64     // bytes of that write's key and values
-	roomAfter   time.Time // until then no such write is tried, nor, if small ones go, mostRefused
+	roomAfter   time.Time // until then no write as large is tried; nor mostRefused, if others fit
 	mostRefused int64     // bytes of the largest write refused since all were taken; 0: none
 	noDelete    refusal   // the last refused request that removes its key
 	noRemove    refusal   // the last refused Remove or Take that leaves values

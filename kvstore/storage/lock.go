@@ -13,8 +13,8 @@ import (
 )
 
 // LockName is the file that says who holds the lock. It stays when the lock is released: if it were
-// removed, two processes could lock two files of that name. Only Verify removes one, if it has just
-// made it and cannot lock or sign it, or if it has replaced ours and nobody has locked it; and so
+// removed, two processes could lock two files of that name. Only Verify removes a LOCK: its own new
+// one that it cannot lock or sign, and one that has replaced ours and nobody has locked; and so
 // does MakeDisk's undo, with its directory.
 const LockName = "LOCK"
 
@@ -200,9 +200,10 @@ func (l *diskLock) guard() {
 }
 
 // Verify checks that the path still leads to the directory, and that the lock is ours: it returns
-// an ErrMoved if not, and another error if that cannot be found out, or LOCK not be made, now. It
-// replaces a LOCK that is gone. If LOCK is another file now, Verify replaces it only while the
-// directory itself is locked and no process has locked that file.
+// an ErrMoved if not, and another error if that cannot be found out now. It replaces a LOCK that is
+// gone; if that fails, it is an error only where the directory itself is not locked. If LOCK is
+// another file now, Verify replaces it only while the directory itself is locked and no process has
+// locked that file.
 func (l *diskLock) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

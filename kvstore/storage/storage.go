@@ -55,9 +55,10 @@ type Directory interface {
 	// Path returns how people call the file of that name; for an empty name, the directory.
 	Path(name string) string
 	// Sizes returns the sizes that suit the directory, in bytes. The log goes on in a new file once
-	// a file has segment bytes. While full files have fewer than compact bytes, only a heal or a
-	// full disk has them compacted. The current file is extended by about that many zeros at a
-	// time; if there are none, by what is written. The sizes may be known only under the lock.
+	// a file has segment bytes. While full files and the snapshot have fewer than compact bytes,
+	// only a heal or a full disk has them compacted. The current file is extended by about that
+	// many zeros at a time; if there are none, by what is written. The sizes may be known only
+	// under the lock.
 	Sizes() (segment, compact int64, zeros int)
 	// RoomFor returns an error if the directory knows that it may have no room for that many more
 	// bytes. It also leaves room for Deletes, which will take toDelete bytes, as far as it can. A

@@ -300,9 +300,8 @@ func (f *pieceFile) fetchPage(i int) error {
 	return nil
 }
 
-// WriteAt writes. If it changes bytes before the end of the file, it cuts off all that followed
-// them; bytes that are in the file already it skips: a start writes again what may not be on a
-// disk.
+// WriteAt writes. It skips bytes that are in the file already: a start writes again what may not be
+// on a disk. If it changes a byte before the end of the file, it cuts off all after that byte.
 func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 	defer f.access.enter()()
 	rest := b

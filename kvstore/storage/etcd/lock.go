@@ -238,7 +238,7 @@ func (d *directory) Lock(ctx context.Context) (storage.Lock, error) {
 }
 
 // standBy tells the status and the log what Lock waits for, or returns the error with which Lock
-// gives up. err is that of the last look or take, before the lock's revision at the look before.
+// gives up. err is of the last look or take; before is the lock's revision at the look before that.
 func (d *directory) standBy(w *sight, before int64, err error) error {
 	isFull, isSilent := errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrUnreachable)
 	isImpatient, soFar := d.opts.Addr == "", time.Since(w.began)
