@@ -1377,7 +1377,7 @@ func (t *talker) ended(err error) error {
 	if t.quit > 0 {
 		end = io.EOF
 	}
-	if len(t.sent) > 0 || t.quit > 0 && !t.isTyped {
+	if len(t.sent) > 0 || t.quit > 0 && len(t.owed) == 0 && !t.isTyped {
 		select {
 		case end = <-t.sent:
 		case <-time.After(closeTime): // an input that stays open

@@ -44,10 +44,11 @@ const (
 	maxYields = 4
 
 	// A batch does not wait for clients (gathering) if Commits take less time than slowCommit, as in
-	// memory: that saves nothing. After one wait in vain the next batch does not wait; after two in
-	// a row the next 3 batches do not, then 7, and at most maxVain.
+	// memory: that saves nothing. After one wait in vain the next 2 batches do not wait; after two
+	// in a row the next 6 do not, then 14, and at most maxVain. These numbers are even: if the
+	// batches of two groups of clients alternate, the other group's waits next time.
 	slowCommit = 50 * time.Microsecond
-	maxVain    = 63
+	maxVain    = 62
 
 	// How long workLoop works before it commits and answers: maxHeavyRound if the client's requests
 	// take long, such as Updates of huge lists. A chain that is not done by then goes on later.
@@ -619,7 +620,7 @@ func (s *keyValueServer) workLoop() {
 			s.runBatch(q)
 		case <-more:
 			s.runBatch(s.nextQuery())
-		case <-s.gathering.timer:
+		case <-s.gathering.elapsed():
 			s.gathering.timedOut = true
 			s.runBatch(s.nextQuery())
 
@@ -884,16 +885,17 @@ func (t *turnQueue) Pop() any {
 // disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
 // Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
 type gathering struct {
-	number   int              // of the batch, counting only batches that write
-	writers  int              // chains of the batch that write
-	steady   int              // clients that wrote in it and in one of the two batches before
-	missing  int              // steady clients of the last batch that have not come back
-	took     time.Duration    // for the last batch's Commit
-	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
-	timedOut bool             // timer has fired
-	awaited  int              // missing clients when the wait began
-	skip     int              // how many batches are not to wait, because waits were in vain
-	vain     int              // what skip was after the last wait; 0: that wait was not in vain
+	number   int           // of the batch, counting only batches that write
+	writers  int           // chains of the batch that write
+	steady   int           // clients that wrote in it and in one of the two batches before
+	missing  int           // steady clients of the last batch that have not come back
+	took     time.Duration // for the last batch's Commit
+	timer    *time.Timer   // fires when the batch has waited long enough; nil: it does not wait
+	until    time.Time     // when timer fires
+	timedOut bool          // timer has fired
+	awaited  int           // missing clients when the wait began
+	skip     int           // how many batches are not to wait, because waits were in vain
+	vain     int           // what skip was after the last wait; 0: that wait was not in vain
 }
 
 // wrote notes that sh's client has written in the batch.
@@ -921,18 +923,31 @@ func (g *gathering) mustWait() bool {
 	switch {
 	case g.took < slowCommit || g.writers == 0 || g.missing <= 0 || g.timedOut:
 		return false
-	case g.timer != nil:
-		return true
-	case g.skip > 0:
+	case g.timer == nil && g.skip > 0:
 		g.skip--
 		return false
 	}
 
-	// A Commit that a wait saves is worth up to four times its duration, in CPU time, too. But if
-	// few are missing, many would wait for few.
-	wait := 4 * g.took * time.Duration(g.missing) / time.Duration(g.missing+g.writers)
-	g.timer, g.awaited = time.After(min(wait, maxRound)), g.missing
+	// A Commit that a wait saves is worth up to twice its duration, because it takes CPU time, too.
+	// But the fewer are missing, the shorter the others wait for them.
+	wait := min(2*g.took*time.Duration(g.missing)/time.Duration(g.missing+g.writers), maxRound)
+	until := time.Now().Add(wait)
+	switch {
+	case g.timer == nil:
+		g.timer, g.until, g.awaited = time.NewTimer(wait), until, g.missing
+	case until.Before(g.until):
+		g.timer.Reset(wait)
+		g.until = until
+	}
 	return true
+}
+
+// elapsed returns the channel of timer; nil: the batch does not wait.
+func (g *gathering) elapsed() <-chan time.Time {
+	if g.timer == nil {
+		return nil
+	}
+	return g.timer.C
 }
 
 // committed notes how long the batch's Commit took, and begins the next batch.
@@ -944,7 +959,7 @@ func (g *gathering) committed(took time.Duration) {
 	// If most of those that were awaited did not come, wait less and less often.
 	switch {
 	case g.timedOut && g.missing > g.awaited/2:
-		g.vain = min(2*g.vain+1, maxVain)
+		g.vain = min(2*g.vain+2, maxVain)
 		g.skip = g.vain
 	case g.timer != nil:
 		g.vain = 0

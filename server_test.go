@@ -1706,13 +1706,20 @@ func TestCommitGathersOnlyIfThatPays(t *testing.T) {
 	g.wrote(&sh)
 	is.Equal(t, "clients that are steady", g.steady, 0)
 
-	for came, skip := range map[int]int{4: 1, 5: 0} {
+	for came, skip := range map[int]int{4: 2, 5: 0} {
 		g := gathering{writers: 1, missing: 10, took: time.Second}
 		is.Equal(t, "a wait", g.mustWait(), true)
 		g.missing, g.timedOut = 10-came, true
 		g.committed(g.took)
 		is.Equal(t, "batches that do not wait", g.skip, skip)
 	}
+
+	g = gathering{writers: 1, missing: 9, took: maxRound}
+	g.mustWait()
+	until := g.until
+	g.writers, g.missing = 9, 1
+	g.mustWait()
+	is.Equal(t, "the wait ends sooner when nearly all have come", g.until.Before(until), true)
 }
 
 // Ensure that a look at the files does not end a batch that waits for clients.

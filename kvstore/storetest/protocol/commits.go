@@ -108,6 +108,24 @@ var gathersAlone = map[string]gathers{
 		n.repeat(t, 10, store.Takes/2, store.Takes/10, 20)
 		is.Between(t, "Commits for 20 rounds of all clients", store.Commits.Load(), 0, 35)
 	},
+	"one that came before all others": func(t *testing.T, n *Net, store *SlowStore) {
+		clients := n.DialMany(t, 20, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
+		began := store.Commits.Load()
+		var all sync.WaitGroup
+		for i, c := range clients {
+			all.Go(func() {
+				<-time.After(min(time.Duration(i), 1) * commitTakes / 2)
+				for range aSecond {
+					c.Ask("Put:k:v", ":OK 1")
+					<-time.After(commitTakes / 5)
+				}
+				c.HangUp()
+			})
+		}
+
+		all.Wait()
+		is.Between(t, "Commits for 100 rounds of all", store.Commits.Load()-began, 0, 110)
+	},
 	"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
 		clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
 
