@@ -356,7 +356,8 @@ func (v *visitor) tally(got string, err error, list []string, owed int, asked, s
 		refusable = 1
 	}
 
-	delivered, dropped, ended, good := v.tallyLines(got, list, asked, err != io.EOF || disturbed)
+	mayBeTorn := err != io.EOF || disturbed || v.after != nil // a process that is killed writes a part
+	delivered, dropped, ended, good := v.tallyLines(got, list, asked, mayBeTorn)
 	if !good {
 		return
 	}
