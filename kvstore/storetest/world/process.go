@@ -461,6 +461,7 @@ func (p *process) end(db *durable.Store, clients *sync.WaitGroup) {
 
 	quiet := strings.HasSuffix(how, "quiet")
 	p.awaitEnd(quiet, clients)
+	quiet = quiet && !isClosed(p.killed) // or nothing may vouch for the last frames
 
 	// Wait until files that somebody has removed are back.
 	p.tidying <- struct{}{}
