@@ -34,7 +34,7 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 	var f *os.File
 	self, err := tryLock(d.lockSelf)
 	if err == nil {
-		f, err = d.lockNamed(ctx)
+		f, err = d.lockNamed(ctx, self == nil)
 	}
 	if err == nil {
 		err = l.sign(f)
@@ -50,19 +50,22 @@ func (d *Disk) Lock(ctx context.Context) (Lock, error) {
 }
 
 // lockNamed locks LOCK. If LOCK is missing but STORE is there, somebody has removed LOCK, perhaps
-// while a server has the store open: then lockNamed first gives that server time to make another.
-func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
+// while a server has the store open: then lockNamed first gives that server time to make another,
+// and to sign it, if the directory itself is not locked.
+func (d *Disk) lockNamed(ctx context.Context, isAlone bool) (*os.File, error) {
 	// This first try makes no LOCK: if it is missing, a server must first have that time.
 	f, err := tryLock(func() (*os.File, error) { return d.lockFile(0) })
-	if !errors.Is(err, fs.ErrNotExist) {
+	isNew := err == nil && isAlone && isEmpty(f)
+	if !isNew && !errors.Is(err, fs.ErrNotExist) {
 		return f, err
 	}
+	closeAll(f)
 
 	// Without STORE no server has a store open here, unless somebody has removed all its files.
 	_, storeErr := d.root.Lstat(StoreName)
 	if storeErr == nil {
-		d.log.Warn("LOCK is missing beside a store: waiting, for a server may use the store still",
-			"dir", d.path, "for", noticeTime)
+		d.log.Warn("LOCK is missing or empty beside a store: waiting, for a server may use the "+
+			"store still", "dir", d.path, "for", noticeTime)
 		select {
 		case <-time.After(noticeTime):
 		case <-ctx.Done():
@@ -72,6 +75,12 @@ func (d *Disk) lockNamed(ctx context.Context) (*os.File, error) {
 
 	// It may be there again by now, and locked.
 	return tryLock(func() (*os.File, error) { return d.lockFile(os.O_CREATE) })
+}
+
+// isEmpty reports whether nobody has signed LOCK, which f is: perhaps somebody has just made it.
+func isEmpty(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Size() == 0
 }
 
 // tryLock calls lock again while that returns an ErrLocked, for 50 ms: InUse of another process may

@@ -184,6 +184,29 @@ func TestMissingLock(t *testing.T) {
 	})
 }
 
+// Ensure that a start does not take a LOCK that a server has just made again and has not locked yet,
+// where only LOCK is locked.
+func TestLockThatIsJustMade(t *testing.T) {
+	for text, wait := range map[string]time.Duration{"": noticeTime, "by somebody": 0} {
+		synctest.Test(t, func(t *testing.T) {
+			path := t.TempDir()
+			os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
+			os.WriteFile(filepath.Join(path, LockName), []byte(text), 0o600)
+			d, began := mustOpen(t, path), time.Now()
+			d.isPlain = true
+
+			lock, err := d.Lock(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			lock.Close()
+			if took := time.Since(began); took != wait {
+				t.Errorf("a LOCK with %q is taken after %v, want %v", text, took, wait)
+			}
+		})
+	}
+}
+
 // Ensure that a path with white space around it is quoted.
 func TestOddPaths(t *testing.T) {
 	for path, want := range map[string]string{
