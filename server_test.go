@@ -3144,8 +3144,8 @@ func TestMemoryOfAnUnfinishedLine(t *testing.T) {
 		})
 
 		world.Pass(lineTime / 2)
-		is.Between(t, "bytes of a client with a part of a line", (protocol.HeapBytes()-before)/len(clients), math.MinInt,
-			burstSize/4)
+		is.Between(t, "bytes of a client with a part of a line",
+			(protocol.HeapBytes()-before)/len(clients), math.MinInt, burstSize/4)
 
 		for _, a := range clients {
 			a.Send("\n")
