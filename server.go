@@ -620,7 +620,7 @@ func (s *keyValueServer) workLoop() {
 			s.runBatch(q)
 		case <-more:
 			s.runBatch(s.nextQuery())
-		case <-s.gathering.elapsed():
+		case <-s.gathering.timer:
 			s.gathering.timedOut = true
 			s.runBatch(s.nextQuery())
 
@@ -885,17 +885,17 @@ func (t *turnQueue) Pop() any {
 // disk, and each half would pay for its own Commits. (A timer for group commit: Helland and others,
 // Tandem Technical Report 88.1, 1988. Ours stops early: when the expected clients have come.)
 type gathering struct {
-	number   int           // of the batch, counting only batches that write
-	writers  int           // chains of the batch that write
-	steady   int           // clients that wrote in it and in one of the two batches before
-	missing  int           // steady clients of the last batch that have not come back
-	took     time.Duration // for the last batch's Commit
-	timer    *time.Timer   // fires when the batch has waited long enough; nil: it does not wait
-	until    time.Time     // when timer fires
-	timedOut bool          // timer has fired
-	awaited  int           // missing clients when the wait began
-	skip     int           // how many batches are not to wait, because waits were in vain
-	vain     int           // what skip was after the last wait; 0: that wait was not in vain
+	number   int              // of the batch, counting only batches that write
+	writers  int              // chains of the batch that write
+	steady   int              // clients that wrote in it and in one of the two batches before
+	missing  int              // steady clients of the last batch that have not come back
+	took     time.Duration    // for the last batch's Commit
+	timer    <-chan time.Time // fires when the batch has waited long enough; nil: it does not wait
+	began    time.Time        // when the wait began
+	timedOut bool             // the wait is over, and clients are missing
+	awaited  int              // missing clients when the wait began
+	skip     int              // how many batches are not to wait, because waits were in vain
+	vain     int              // what skip was after the last wait; 0: that wait was not in vain
 }
 
 // wrote notes that sh's client has written in the batch.
@@ -931,23 +931,11 @@ func (g *gathering) mustWait() bool {
 	// A Commit that a wait saves is worth up to twice its duration, because it takes CPU time, too.
 	// But the fewer are missing, the shorter the others wait for them.
 	wait := min(2*g.took*time.Duration(g.missing)/time.Duration(g.missing+g.writers), maxRound)
-	until := time.Now().Add(wait)
-	switch {
-	case g.timer == nil:
-		g.timer, g.until, g.awaited = time.NewTimer(wait), until, g.missing
-	case until.Before(g.until):
-		g.timer.Reset(wait)
-		g.until = until
-	}
-	return true
-}
-
-// elapsed returns the channel of timer; nil: the batch does not wait.
-func (g *gathering) elapsed() <-chan time.Time {
 	if g.timer == nil {
-		return nil
+		g.timer, g.began, g.awaited = time.After(wait), time.Now(), g.missing
 	}
-	return g.timer.C
+	g.timedOut = time.Since(g.began) >= wait // a Reset for each client that comes costs more
+	return !g.timedOut
 }
 
 // committed notes how long the batch's Commit took, and begins the next batch.

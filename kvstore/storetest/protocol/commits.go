@@ -124,7 +124,7 @@ var gathersAlone = map[string]gathers{
 		}
 
 		all.Wait()
-		is.Between(t, "Commits for 100 rounds of all", store.Commits.Load()-began, 0, 110)
+		is.Between(t, "Commits for 100 rounds of all", store.Commits.Load()-began, 0, 150)
 	},
 	"gone, so that one is alone": func(t *testing.T, n *Net, _ *SlowStore) {
 		clients := n.DialMany(t, 10, func(_ int, c *Client) { c.Ask("Ack", ":OK 0") })
