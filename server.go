@@ -195,12 +195,14 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients          []*Client
 	db               kvstore.Store
-	touched          []string      // a chain's keys, for Touch
-	batch            []*Query      // chains that have run, ended Takes, countAlls: before Commit
-	gathering        gathering     // for which clients the batch waits before its Commit
-	turns            turnQueue     // clients that wait for their turn
-	floor            time.Duration // highest spent of a client whose turn came: what the others had
-	takes            takeQueues    // Takes that wait for a value
+	touched          []string        // a chain's keys, for Touch
+	batch            []*Query        // chains that have run, ended Takes, countAlls: before Commit
+	held             []*Query        // chains that wait for a Commit that finds room
+	unsaved          map[string]bool // the keys that they have changed
+	gathering        gathering       // for which clients the batch waits before its Commit
+	turns            turnQueue       // clients that wait for their turn
+	floor            time.Duration   // highest spent of a client whose turn came: what the others had
+	takes            takeQueues      // Takes that wait for a value
 	round            round
 	rejecting        int              // rejected connections that still have a writeToClient
 	refusedClients   seldom           // connections over maxClients
@@ -641,11 +643,15 @@ func (s *keyValueServer) workLoop() {
 		"replies_dropped", s.lostReplies.Load())
 }
 
-// checkFiles makes the store check its files, which Commit does. A batch that waits is committed
-// soon anyway.
+// checkFiles makes the store check its files, which Commit does, and look whether there is room for
+// what is held. A batch that waits is committed soon anyway.
 func (s *keyValueServer) checkFiles() {
-	if len(s.batch) == 0 {
-		s.commitStore()
+	if len(s.batch) > 0 {
+		return
+	}
+	s.commitStore()
+	if len(s.batch) > 0 { // they were held, and there is room now
+		s.commit()
 	}
 }
 
@@ -1729,6 +1735,16 @@ func (s *keyValueServer) commitStore() {
 		}
 	}
 
+	// There is no room now: some wait for the next Commit, and the others are answered.
+	if errors.Is(err, storage.ErrNoRoom) {
+		s.hold()
+		return
+	}
+	if len(s.held) > 0 {
+		s.batch = append(s.held, s.batch...)
+		s.held, s.unsaved = nil, nil
+	}
+
 	// What the batch did is not known to be on disk, so no client is told anything.
 	if err != nil {
 		s.commitFailed = true
@@ -1737,6 +1753,50 @@ func (s *keyValueServer) commitStore() {
 			c.paced.Close() // without an error line: to write one could take long
 		}
 	}
+}
+
+// hold takes those chains out of the batch that have changed what is not durable, or may tell of
+// it: they wait until a Commit finds room. So reads go on while the store is full.
+func (s *keyValueServer) hold() {
+	if s.unsaved == nil {
+		s.unsaved = map[string]bool{}
+	}
+	note := func(chain, end *Query) {
+		for q := chain; q != end; q = q.next {
+			if q.writes() {
+				s.unsaved[q.key] = true
+			}
+		}
+	}
+
+	// A chain that waits for its turn may have changed something, too.
+	for _, c := range s.turns {
+		note(c.share.chain, c.share.next)
+	}
+	for _, chain := range s.batch {
+		note(chain, nil)
+	}
+
+	answered := s.batch[:0]
+	for _, chain := range s.batch {
+		if s.isUnsaved(chain) {
+			s.held = append(s.held, chain)
+		} else {
+			answered = append(answered, chain)
+		}
+	}
+	clear(s.batch[len(answered):])
+	s.batch = answered
+}
+
+// isUnsaved reports whether a request of chain is about a key in unsaved, or about all keys.
+func (s *keyValueServer) isUnsaved(chain *Query) bool {
+	for q := chain; q != nil; q = q.next {
+		if q.row().lists || q.row().effect != noKey && s.unsaved[q.key] {
+			return true
+		}
+	}
+	return false
 }
 
 // leave notes that one of c's goroutines has ended. If it was the last one, c leaves the list.

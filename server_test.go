@@ -1698,6 +1698,15 @@ func TestCommitBeforeReplies(t *testing.T) {
 
 func TestCommitBeforeGets(t *testing.T) { protocol.CommitBeforeGets(t, serveOn) }
 func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
+func TestCommitWithoutRoom(t *testing.T) {
+	protocol.CommitWithoutRoom(t, func(t *testing.T, db kvstore.Store) *protocol.Net {
+		n := newFakeNet()
+		n.server.db, n.server.status = db, &storage.Status{}
+		n.start(t)
+		t.Cleanup(n.server.Close)
+		return n.Net
+	})
+}
 
 // Ensure that no batch waits for a client before its second write, not even a server's first
 // batches, and that one wait follows another in which half of the clients have come.

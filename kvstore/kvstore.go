@@ -47,7 +47,9 @@ type KVStore interface {
 
 	// Commit returns once all earlier calls are as durable as this store makes
 	// them. After an error nothing can be promised any more: the caller sends no
-	// reply for the calls since the last Commit, and stops.
+	// reply for the calls since the last Commit, and stops. But after an ErrNoRoom of
+	// package storage it may go on, and call Commit again. Until that succeeds it sends no
+	// reply that tells of a change since the last Commit that did.
 	Commit() error
 }
 

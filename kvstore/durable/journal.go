@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"errors"
 	"log/slog"
 	"sync"
@@ -45,6 +46,7 @@ type journal struct {
 	synced     uint64      // of the last frame known to be on disk
 	vouched    bool        // the last frame needs no frame that vouches for it
 	err        error       // the first failure; from then on nothing is written
+	noRoomYet  error       // the storage.ErrNoRoom of the last fsync; nil: that found room
 	timer      *time.Timer // of the next tick; nil: none is due
 	since      time.Time   // when the running tick began; zero: none runs
 	timerEnded bool        // no tick may become due any more
@@ -103,7 +105,7 @@ func (j *journal) addFrame(kind uint32, payload []byte, count uint32) {
 }
 
 // syncRest makes everything written so far durable. If it already is, as after reads alone, there
-// is nothing to do. Owner and timer call it, but only one fsync runs at a time: Linux reports a
+// is nothing to do. After a storage.ErrNoRoom the next syncRest tries again. Owner and timer call it, but only one fsync runs at a time: Linux reports a
 // failed write only once, so of two fsyncs one would believe that everything is on disk.
 func (j *journal) syncRest() error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
@@ -121,17 +123,32 @@ func (j *journal) syncRest() error {
 	err = w.sync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
 
-	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
-	// not write, and the next fsync would not report it.
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if err != nil && j.err == nil {
+	j.noRoomYet = nil
+	switch {
+	case errors.Is(err, storage.ErrNoRoom):
+		j.noRoomYet = err
+
+	// A file whose fsync failed is never trusted again: the kernel may have dropped what it could
+	// not write, and the next fsync would not report it.
+	case err != nil && j.err == nil:
 		j.err = err
-	}
-	if j.err == nil {
+	case j.err == nil:
 		j.synced = max(j.synced, sequence)
 	}
-	return j.err
+	return cmp.Or(j.err, j.noRoomYet)
+}
+
+// awaitRoom is syncRest that waits until there is room.
+func (j *journal) awaitRoom() error {
+	for {
+		err := j.syncRest()
+		if !errors.Is(err, storage.ErrNoRoom) {
+			return err
+		}
+		<-time.After(roomTime)
+	}
 }
 
 // goOn goes on in a new file, and returns the old one for the caller to close; nil: no new file
@@ -143,7 +160,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	defer func() { <-j.writing }()
 
 	// The timer may have written a frame since the owner's last sync.
-	err = j.syncRest()
+	err = j.awaitRoom()
 	if err != nil {
 		return nil, err
 	}
@@ -170,7 +187,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
 	j.addFrame(frameNext, nil, 0)
-	err = j.syncRest()
+	err = j.awaitRoom()
 	if err != nil {
 		return nil, errors.Join(err, w.f.Close())
 	}
@@ -219,7 +236,7 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 
 // awaitTimer waits for the timer's fsync if that takes longer than Options.Fsync. Otherwise Commits
 // would go on returning while the disk stalls. It returns the error that has ended all writing, if
-// there is one.
+// there is one, or the storage.ErrNoRoom of the timer's fsync.
 func (j *journal) awaitTimer(now time.Time) error {
 	j.mu.Lock()
 	since := j.since
@@ -229,7 +246,10 @@ func (j *journal) awaitTimer(now time.Time) error {
 		j.fsyncs <- struct{}{}
 		<-j.fsyncs
 	}
-	return j.failure()
+
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return cmp.Or(j.err, j.noRoomYet)
 }
 
 // syncLater starts the timer if there is something for it to do and it does not run already.

@@ -132,7 +132,7 @@ type Store struct {
 	// Records for the next frame.
 	pending    []byte
 	count      uint32 // of these records
-	wroteEarly bool   // a frame was written since the last Commit, without waiting for the next
+	wroteEarly bool   // a frame was written since the last Commit that found room, and is not synced
 
 	// Room on the disk.
 	spare       logWriter // SPARE
@@ -459,28 +459,28 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 
 // Commit returns once everything done to the store is as durable as Options.Fsync says. After
 // an error it is unknown which changes since the last Commit are on disk (since the last fsync, if
-// Commits do not wait for it). Nothing is written any more, and every later Commit fails. About
-// once a second, and when the last frame is not where it was written, Commit checks whether others
+// Commits do not wait for it). Nothing is written any more, and every later Commit fails. But after
+// a storage.ErrNoRoom nothing has failed: the next Commit tries again. About once a second, and when the last frame is not where it was written, Commit checks whether others
 // have removed or changed the files. If so it writes all data again: that takes as long as a
 // compaction, and everybody waits for it.
 func (d *Store) Commit() error {
-	err := d.commit()
-	if err != nil {
-		return err
+	commitErr := d.commit()
+	if commitErr != nil && !errors.Is(commitErr, storage.ErrNoRoom) {
+		return commitErr
 	}
 
 	now := time.Now()
 	if !now.Before(d.lookAfter) {
 		d.lookAfter = now.Add(lookTime)
 		d.lookForFiles()
-		err = d.failure()
+		err := d.failure()
 		if err != nil {
 			return err
 		}
 	}
 
 	// The lock comes last: what was read is only true while nobody else could write.
-	return d.held()
+	return cmp.Or(d.held(), commitErr)
 }
 
 // held returns an error if this process does not hold the lock any more. If the lock says that
@@ -534,6 +534,7 @@ func (d *Store) commit() error {
 		err = d.awaitTimer(now)
 	}
 	if err != nil {
+		d.wroteEarly = true // so that the next Commit tries again
 		return err
 	}
 
@@ -589,8 +590,8 @@ func (d *Store) Close() error {
 	// First what was answered, because waiting for a compaction may take long.
 	close(d.stop)
 	err := d.Commit()
-	if err == nil {
-		err = d.syncRest()
+	if err == nil || errors.Is(err, storage.ErrNoRoom) {
+		err = d.awaitRoom()
 	}
 	d.AwaitCompaction()
 
@@ -662,7 +663,7 @@ func (d *Store) writeCleanStop() error {
 
 	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
-	return errors.Join(d.syncRest(), d.lock.Held())
+	return errors.Join(d.awaitRoom(), d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.

@@ -85,7 +85,7 @@ type Lock interface {
 	Close() error
 }
 
-// File is an open file. A change of it is durable once the next Sync has returned.
+// File is an open file. A change of it is durable once the next Sync has returned nil.
 type File interface {
 	io.ReaderAt
 	io.WriterAt
@@ -130,6 +130,10 @@ func IsFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) ||
 		errors.Is(err, syscall.EFBIG)
 }
+
+// ErrNoRoom is returned by a Sync that has found no room now. Nothing is lost: the file keeps what is
+// not durable yet, and the next Sync tries again.
+var ErrNoRoom = errors.New("no room now")
 
 // NewError returns an error with advice: what the user can do about it. In the advice of a store's
 // errors DIR stands for its directory.

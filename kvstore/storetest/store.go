@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -8,9 +9,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 )
 
 // Step is one operation on a store.
@@ -246,6 +249,17 @@ type Compacting interface {
 	AwaitCompaction()
 }
 
+// Commit commits a store, and while there is no room it tries again, as a server does.
+func Commit(d kvstore.KVStore) error {
+	for {
+		err := d.Commit()
+		if !errors.Is(err, storage.ErrNoRoom) {
+			return err
+		}
+		<-time.After(time.Second)
+	}
+}
+
 // Script does the same random things to a store in each run, and ends at the first error of a
 // Commit.
 func Script(t *testing.T, d Compacting, h *History) error {
@@ -255,7 +269,7 @@ func Script(t *testing.T, d Compacting, h *History) error {
 			RandomStep(t, random, d, h.Done)
 		}
 
-		if err := d.Commit(); err != nil {
+		if err := Commit(d); err != nil {
 			return err
 		}
 

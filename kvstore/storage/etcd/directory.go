@@ -173,8 +173,7 @@ func (d *directory) all(name string) *keyRange {
 	return &keyRange{Key: d.key(name), End: below(d.key(name))}
 }
 
-// call is cluster.call with a limit: patienceTime while there is no lock, else three times that,
-// not counting the time in which etcd has no room.
+// call is cluster.call with a limit: patienceTime while there is no lock, else three times that.
 func (d *directory) call(at string, request any, size int) (response, error) {
 	// Without the lock this process is starting, or only reads: give up soon, and say meanwhile
 	// why nothing happens.
@@ -187,25 +186,15 @@ func (d *directory) call(at string, request any, size int) (response, error) {
 
 	// With the lock, beat gives up after patienceTime without an answer. The longer limit here is
 	// for a request that fails while signs of life arrive.
-	for {
-		ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
-		answer, err := d.client.call(ctx, at, request, size)
-		cancel()
+	ctx, cancel := context.WithTimeoutCause(d.lock.ctx, 3*patienceTime, ErrUnreachable)
+	defer cancel()
+	answer, err := d.client.call(ctx, at, request, size)
 
-		// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
-		if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
-			err = d.lock.miss(err)
-		}
-
-		// Wait for a full etcd: once somebody has made room the write succeeds.
-		if !errors.Is(err, syscall.ENOSPC) {
-			return answer, err
-		}
-		d.client.noteFull(true)
-		if err := wait(d.lock.ctx, beatTime); err != nil {
-			return answer, err
-		}
+	// etcd is not the cluster that it was: Held returns storage.ErrGone from now on.
+	if errors.Is(err, ErrOther) && !errors.Is(err, ErrUnreachable) {
+		err = d.lock.miss(err)
 	}
+	return answer, err
 }
 
 // awaitAnswer lets the log and the status say after tellTime that etcd does not answer yet, unless
@@ -246,7 +235,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. After an errSmaller or a storage.ErrGone it is not known whether they were
+// has applied them. If etcd is full, do waits for room, but if ops put bytes it returns a
+// storage.ErrNoRoom. After that, an errSmaller or a storage.ErrGone it is not known whether ops were
 // applied. An errUnlike says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
@@ -270,6 +260,18 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		switch {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
+
+		// etcd is full. It answers so, too, when it has applied what fills it.
+		case errors.Is(err, syscall.ENOSPC):
+			d.client.noteFull(true)
+			if size > 0 {
+				return fmt.Errorf("%w: %w", storage.ErrNoRoom, err)
+			}
+			if err := wait(d.lock.ctx, beatTime); err != nil {
+				return err
+			}
+			continue
+
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
 			return d.lock.fail(err)
 		case answer.Succeeded:
@@ -728,6 +730,9 @@ func (d *directory) fileID(name string) (id string, err error) {
 // Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
 	defer d.access.enter()()
+	if d.client.full.Load() { // nobody could write the file
+		return nil, errFull
+	}
 
 	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"

@@ -84,6 +84,7 @@ const (
 	noLeader    etcdFault = "there is no leader"
 	expired     etcdFault = "the token has expired"
 	noSpace     etcdFault = "the cluster is full for 20 s"
+	fills       etcdFault = "the request fills the cluster for 20 s, and is refused and done"
 	killed      etcdFault = "the process is killed before it"
 	killedAfter etcdFault = "the process is killed after it"
 	cutOff      etcdFault = "the process is cut off from then on"
@@ -125,8 +126,7 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	// These faults begin with the request, whatever becomes of it.
 	switch fault {
 	case noSpace:
-		w.full = true
-		time.AfterFunc(20*time.Second, func() { w.setFull(false) })
+		w.fillFor(20 * time.Second)
 	case killed:
 		w.dead = true
 	case cutOff:
@@ -183,6 +183,10 @@ func (w *etcdWire) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		if answer, err = e.do(r, text, t); fault == doneTwice {
 			w.late = append(w.late, t)
+		}
+		if fault == fills && err == nil && t.puts() {
+			err = errNoSpace
+			w.fillFor(20 * time.Second)
 		}
 		answer.Header.Cluster, answer.Header.Revision = e.id, e.revision
 	}
@@ -495,6 +499,12 @@ func (e *fakeEtcd) setFull(isFull bool) {
 	e.full = isFull
 }
 
+// fillFor makes the cluster refuse every put for that long. The caller has mu.
+func (e *fakeEtcd) fillFor(long time.Duration) {
+	e.full = true
+	time.AfterFunc(long, func() { e.setFull(false) })
+}
+
 // copy returns a snapshot of the cluster.
 func (e *fakeEtcd) copy() *fakeEtcd {
 	e.mu.Lock()
@@ -595,7 +605,7 @@ func commit(t *testing.T, d *durable.Store, h *storetest.History, key, value str
 	t.Helper()
 	d.Put(key, value)
 	h.Done.Put(key, value)
-	if err := d.Commit(); err != nil {
+	if err := storetest.Commit(d); err != nil {
 		t.Fatalf("Put %s: %v", key, err)
 	}
 	h.Told = h.Done.Clone()

@@ -2,7 +2,9 @@ package etcd
 
 import (
 	"bytes"
+	"cmp"
 	"compress/flate"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -42,6 +44,8 @@ type pieceFile struct {
 	tail   []byte // the bytes of the last, small pieces
 	tails  int    // how many pieces tail holds
 	before []byte // the key of the piece before them; nil: there is none
+	// etcd was full when the first bytes of buf were sent, so it is not known whether it has them
+	isUnsure bool
 
 	// For reading.
 	page  map[string][]byte // the pieces that were read last, by their keys
@@ -337,24 +341,46 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes wait in buf until they fill a piece, or for Sync.
+	// Bytes wait in buf until they fill a piece, or for Sync, which also says if there is no room.
 	f.buf = append(f.buf, rest...)
-	return len(b), f.send(pieceMost)
+	err := f.send(pieceMost)
+	if errors.Is(err, storage.ErrNoRoom) {
+		err = nil
+	}
+	return len(b), err
 }
 
-// send sends buf in pieces, while it has at least least bytes.
+// send sends buf in pieces, while it has at least least bytes. If etcd is full it returns a
+// storage.ErrNoRoom, and buf keeps the rest.
 func (f *pieceFile) send(least int) error {
 	for len(f.buf) >= least && !f.isDead.Load() {
-		n, err := f.put()
-		if err == errSmaller || err == errUnlike { // what was given up may have arrived, or arrive later
-			n, err = 0, f.settle(err)
-		}
+		n, err := f.sendPiece()
 		if err != nil {
 			return f.unlessGone(err)
 		}
 		f.buf = append(f.buf[:0], f.buf[n:]...)
 	}
 	return nil
+}
+
+// sendPiece sends the first n bytes of buf. n is 0 if it only finds out what has arrived: then it is
+// to be called again.
+func (f *pieceFile) sendPiece() (n int, err error) {
+	switch {
+	case f.isUnsure && f.d.client.full.Load(): // signs of life find out when there is room again
+		return 0, cmp.Or(context.Cause(f.d.lock.ctx), storage.ErrNoRoom)
+	case f.isUnsure:
+		err = f.settle(nil)
+		f.isUnsure = err != nil
+		return 0, err
+	}
+
+	n, err = f.put()
+	if err == errSmaller || err == errUnlike { // what was given up may have arrived, or arrive later
+		return 0, f.settle(err)
+	}
+	f.isUnsure = errors.Is(err, storage.ErrNoRoom)
+	return n, err
 }
 
 // settle reads which pieces the file has by now, after a request that may have arrived without an

@@ -31,7 +31,7 @@ import (
 // that was answered.
 func TestEtcdFaults(t *testing.T) {
 	for i, fault := range []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace, killed, killedAfter, cutOff, doubtful} {
+		noSpace, fills, killed, killedAfter, cutOff, doubtful} {
 		t.Run(string(fault), func(t *testing.T) {
 			t.Parallel()
 			of := 10
@@ -75,7 +75,7 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 	}
 
 	mended := slices.Contains([]etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, expired,
-		noSpace}, fault)
+		noSpace, fills}, fault)
 	if reached = w.count() >= n; err != nil && (!reached || mended) {
 		t.Fatalf("request %d: %v", n, err)
 	}
@@ -112,7 +112,7 @@ func slowScript(d *durable.Store, h *storetest.History) error {
 		key, value := fmt.Sprint(i%7), fmt.Sprint("value", i)
 		d.Set(key, value)
 		h.Done.Set(key, value)
-		if err := d.Commit(); err != nil {
+		if err := storetest.Commit(d); err != nil {
 			return err
 		}
 

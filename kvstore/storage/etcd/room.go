@@ -145,7 +145,7 @@ func (c *cluster) noteFull(isFull bool) {
 	}
 
 	if isFull {
-		c.log.Error("writes are refused, and reads go on", "error", errFull)
+		c.log.Error("writes are refused, those under way wait, and reads go on", "error", errFull)
 	} else {
 		c.log.Info("etcd has room again")
 	}

@@ -141,6 +141,52 @@ func TestEtcdFull(t *testing.T) {
 	})
 }
 
+// Ensure that a Commit to a cluster that has become full by surprise says at once that there is no
+// room, that reads go on, and that the next Commit with room keeps all, also what came meanwhile.
+func TestEtcdFullInACommit(t *testing.T) {
+	for _, fsync := range []time.Duration{durable.FsyncAlways, time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			dir, _ := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir, durable.Options{Fsync: fsync})
+			if err != nil {
+				t.Fatal(err)
+			}
+			commit(t, d, h, "k", "v")
+			<-time.After(2 * time.Second)
+
+			// The first Commit with -fsync 1s does not wait for the disk.
+			e.setFull(true)
+			large := randomText(pieceMost)
+			for i := range 3 {
+				d.Put("k", large)
+				h.Done.Put("k", large)
+				began := time.Now()
+				err := d.Commit()
+				mayPass := i == 0 && fsync != durable.FsyncAlways
+				if !errors.Is(err, storage.ErrNoRoom) && !mayPass || time.Since(began) > beatTime {
+					t.Errorf("fsync %v: Commit number %d to a full cluster: %v, after %v", fsync, i, err,
+						time.Since(began))
+				}
+				<-time.After(fsync + time.Second)
+			}
+
+			// Once there is room, signs of life notice it, and the Commit goes on where it was.
+			e.setFull(false)
+			<-time.After(2 * time.Second)
+			if err := d.Commit(); err != nil {
+				t.Errorf("fsync %v: there is room again: %v", fsync, err)
+			}
+			h.Told = h.Done.Clone()
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, "after the full cluster")
+		})
+	}
+}
+
 // Ensure that writes are refused before the quota is reached, that Deletes go on, and that values
 // that were overwritten do not take room for long.
 func TestEtcdQuota(t *testing.T) {

@@ -124,7 +124,7 @@ func (p *process) draw() etcdFault {
 	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, slowAnswer}[p.draws.IntN(6)]
+	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, slowAnswer, fills}[p.draws.IntN(7)]
 }
 
 // opened judges how a start has ended, and reports whether the server serves.
@@ -226,7 +226,7 @@ func (p *process) batch() bool {
 	for _, do := range steps {
 		do(p.d)
 	}
-	err := p.d.Commit()
+	err := storetest.Commit(p.d)
 
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -292,9 +292,12 @@ func (w *world) fault(what string, set func(is bool)) {
 // data must be there again: after some seconds, or if isSeen, which says that every write sees what
 // is gone, once a write was answered.
 func (w *world) spoil(what string, isSeen bool, take func()) {
+	w.e.mu.Lock()
+	isFull := w.e.full // also by a request, which is no fault that lasts
+	w.e.mu.Unlock()
 	w.mu.Lock()
 	p := w.serving
-	isWell := p != nil && !p.ended && w.faults == 0
+	isWell := p != nil && !p.ended && w.faults == 0 && !isFull
 	if isWell {
 		w.note("%s under %s", what, p.name)
 		w.spoiled = p

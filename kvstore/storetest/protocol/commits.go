@@ -4,11 +4,13 @@ import (
 	"errors"
 	"math"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/storage"
 	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/world"
 )
@@ -48,6 +50,67 @@ func CommitBeforeGets(t *testing.T, start StartOn) {
 			}
 		})
 	}
+}
+
+// crowded is a Memory whose Commits find no room while isFull is set.
+type crowded struct {
+	LazyStore
+	isFull atomic.Bool
+}
+
+func (c *crowded) Commit() error {
+	if c.isFull.Load() {
+		return storage.ErrNoRoom
+	}
+	return nil
+}
+
+// CommitWithoutRoom ensures that while Commits find no room, what was written has no answer, nor has
+// what may tell of it, and that all else is answered; and that once there is room nothing is owed.
+func CommitWithoutRoom(t *testing.T, start StartOn) {
+	synctest.Test(t, func(t *testing.T) {
+		const updateTakes = 10 * time.Millisecond
+		db := &crowded{LazyStore: LazyStore{kvstore.NewMemory(),
+			func() time.Duration { return updateTakes }}}
+		n := start.on(t, db)
+		reader, writer, other, lister, taker := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
+		slow, late := n.Dial(t), n.Dial(t)
+		reader.Ask("Put:old:1\nPut:gone:1\nPing", ":PONG")
+		taker.Post("Take:job:600\n")
+		db.isFull.Store(true)
+
+		// Chains that write wait as a whole, and so do Takes that they serve.
+		writer.Post("Get:old\nPut:new:1\nPut:job:1\n")
+		other.Post("Count:new\n")
+		lister.Post("Keys\n")
+		for range 3 {
+			world.Pass(time.Second) // later Commits try again
+			for _, c := range []*Client{writer, other, lister, taker} {
+				c.WantNothing()
+			}
+			reader.Ask("Get:old\nGet:none\nPing", "old:1", ":PONG")
+		}
+
+		// A chain that waits for its turn has written, too.
+		slow.Post("Delete:gone\nUpdate:x:a:b\nPing\n")
+		late.Post("Count:gone\n")
+		world.Pass(2 * updateTakes)
+		late.WantNothing()
+		reader.Ask("Get:old", "old:1")
+		if t.Failed() { // what came too early would be waited for below
+			return
+		}
+
+		// Nobody sends anything: the server itself tries again.
+		db.isFull.Store(false)
+		world.Pass(2 * time.Second)
+		writer.Want("old:1")
+		other.Want(":OK 1")
+		lister.Want(": gone", ": new", ": old", ":OK 3")
+		taker.Want("job:1")
+		slow.Want(":PONG")
+		late.Want(":OK 0")
+	})
 }
 
 // CommitGathers ensures that clients that come back soon share a slow Commit, whenever they came
