@@ -166,16 +166,16 @@ func (e entry) size() int {
 func viewOf(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // uvarintSize returns how many bytes the uvarint n takes.
-func uvarintSize(n int) int { return (bits.Len(uint(n|1)) + 6) / 7 }
+func uvarintSize(n uint64) int { return (bits.Len64(n|1) + 6) / 7 }
 
 // entrySize returns how many bytes an entry takes.
 func entrySize(key string, values []string, deadline int64) int {
-	size := uvarintSize(len(key)) + len(key) + 1
+	size := uvarintSize(uint64(len(key))) + len(key) + 1
 	if deadline != 0 {
-		size += uvarintSize(int(deadline))
+		size += uvarintSize(uint64(deadline))
 	}
 	for _, v := range values {
-		size += uvarintSize(len(v)) + len(v)
+		size += uvarintSize(uint64(len(v))) + len(v)
 	}
 	return size
 }

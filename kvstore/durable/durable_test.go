@@ -11,6 +11,7 @@ import (
 	"kvserver/kvstore/storetest"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"reflect"
@@ -189,7 +190,7 @@ func TestUpdatesAreLoadedByPlace(t *testing.T) {
 		t.Errorf("got %q, want %q: the second 2 is gone, which is at the place given", got, want)
 	}
 
-	if err := apply(m, string(appendRecord(nil, opUpdate, 1<<40, "k", "2", "y")), 1); err != nil {
+	if err := apply(m, string(appendRecord(nil, opUpdate, math.MaxInt, "k", "2", "y")), 1); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := m.Get("k"), []string{"0", "1", "3", "4", "0", "1", "3", "4", "x",

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"math"
 	"strings"
+	"time"
 
 	"kvserver/kvstore"
 	"kvserver/kvstore/storage"
@@ -630,8 +631,21 @@ func (w *logWriter) cut(size int64) error {
 	return nil
 }
 
-// sync makes durable what was written.
-func (w *logWriter) sync() error { return w.named("fsync", w.f.Sync()) }
+// sync makes durable what was written. If there is no room now, it waits.
+func (w *logWriter) sync() error { return awaitRoom(w.trySync) }
+
+// trySync is sync that returns a storage.ErrNoRoom instead of waiting.
+func (w *logWriter) trySync() error { return w.named("fsync", w.f.Sync()) }
+
+// awaitRoom calls sync until it does not return a storage.ErrNoRoom.
+func awaitRoom(sync func() error) error {
+	err := sync()
+	for errors.Is(err, storage.ErrNoRoom) {
+		<-time.After(roomTime)
+		err = sync()
+	}
+	return err
+}
 
 // named returns err with w's path, which lacks tmpSuffix; nil if err is nil.
 func (w *logWriter) named(op string, err error) error {

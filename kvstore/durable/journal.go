@@ -120,7 +120,7 @@ func (j *journal) syncRest() error {
 	}
 
 	began := time.Now()
-	err = w.sync()
+	err = w.trySync()
 	j.status.Fsyncs.Observe(time.Since(began).Seconds())
 
 	j.mu.Lock()
@@ -140,17 +140,6 @@ func (j *journal) syncRest() error {
 	return cmp.Or(j.err, j.noRoomYet)
 }
 
-// awaitRoom is syncRest that waits until there is room.
-func (j *journal) awaitRoom() error {
-	for {
-		err := j.syncRest()
-		if !errors.Is(err, storage.ErrNoRoom) {
-			return err
-		}
-		<-time.After(roomTime)
-	}
-}
-
 // goOn goes on in a new file, and returns the old one for the caller to close; nil: no new file
 // could be made. The last frame of the old file says that another follows. Before this frame
 // nothing has changed, so a failure there, such as a full disk or too few descriptors, leaves the
@@ -160,7 +149,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	defer func() { <-j.writing }()
 
 	// The timer may have written a frame since the owner's last sync.
-	err = j.awaitRoom()
+	err = awaitRoom(j.syncRest)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +176,7 @@ func (j *journal) goOn() (old *logWriter, err error) {
 	// With this frame there is no way back. A crash before it is on disk leaves an empty next file,
 	// which a start removes.
 	j.addFrame(frameNext, nil, 0)
-	err = j.awaitRoom()
+	err = awaitRoom(j.syncRest)
 	if err != nil {
 		return nil, errors.Join(err, w.f.Close())
 	}

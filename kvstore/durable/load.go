@@ -533,7 +533,7 @@ func reopen(dir storage.Directory, end logEnd) (*logWriter, error) {
 		err = w.writeZeros(end.size - end.offset)
 	}
 	if err == nil {
-		err = w.f.Sync()
+		err = awaitRoom(w.f.Sync)
 	}
 	if err != nil {
 		return nil, errors.Join(w.named("rewrite", err), w.f.Close())

@@ -591,7 +591,7 @@ func (d *Store) Close() error {
 	close(d.stop)
 	err := d.Commit()
 	if err == nil || errors.Is(err, storage.ErrNoRoom) {
-		err = d.awaitRoom()
+		err = awaitRoom(d.syncRest)
 	}
 	d.AwaitCompaction()
 
@@ -663,7 +663,7 @@ func (d *Store) writeCleanStop() error {
 
 	// With this frame, the next start takes a flipped bit before it for damage, not for a torn end.
 	d.writeFrame(frameCleanStop)
-	return errors.Join(d.awaitRoom(), d.lock.Held())
+	return errors.Join(awaitRoom(d.syncRest), d.lock.Held())
 }
 
 // AwaitCompaction waits for the compaction that runs, if there is one, and notes its result.

@@ -730,9 +730,6 @@ func (d *directory) fileID(name string) (id string, err error) {
 // Create makes a new file. It replaces a file that has the name.
 func (d *directory) Create(name string) (storage.File, error) {
 	defer d.access.enter()()
-	if d.client.full.Load() { // nobody could write the file
-		return nil, errFull
-	}
 
 	// The text is random: no other process makes the same id.
 	id := rand.Text() + "-0"
