@@ -430,7 +430,8 @@ func (f *pieceFile) put() (n int, err error) {
 	data, joins := f.join(f.buf[:n])
 	packed := pack(data)
 	for len(packed) > most && n > most {
-		n = max(most, n*most/len(packed)*7/8) // some less: the first part may shrink less than all
+		// Some less, because the first part may shrink less than all.
+		n = max(most, int(int64(n)*int64(most)/int64(len(packed))*7/8))
 		data, joins = f.join(f.buf[:n])
 		packed = pack(data)
 	}
