@@ -59,13 +59,15 @@ func (d *Store) isWasteful() bool {
 }
 
 // mayCompact reports whether a compaction may begin, if none runs: none has failed a short time
-// ago, the store does not close, and its directory knows of no lack of room.
+// ago, the store does not close, and its directory knows of no lack of room. Room must also be left
+// for Deletes: what a compaction frees may be known to the directory only later.
 func (d *Store) mayCompact() bool {
 	select {
 	case <-d.stop:
 		return false // a compaction would give up at once
 	default:
-		return !time.Now().Before(d.compactAfter) && d.dir.RoomFor(d.liveBytes(), 0, true) == nil
+		return !time.Now().Before(d.compactAfter) &&
+			d.dir.RoomFor(d.liveBytes(), d.toDelete(0), true) == nil
 	}
 }
 

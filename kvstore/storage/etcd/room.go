@@ -50,10 +50,10 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 		left = margin / 4
 	}
 
-	// Removes leave more, for Deletes: the bytes of these, and a quarter of the margin for what they
-	// take beside them, such as a piece each. Half of the margin is enough for nearly all stores.
-	if frees && toDelete > 0 {
-		left += min(margin/4+toDelete, margin/2)
+	// Removes and compactions leave more, for Deletes: many times the bytes of these, because each
+	// may be a piece of its own. Half of the margin is enough for nearly all stores.
+	if frees {
+		left += min(16*toDelete, margin/2)
 	}
 
 	// Much data, such as a snapshot, most likely shrinks as what was written before did.

@@ -446,6 +446,65 @@ func TestEtcdQuotaKeepsRoomForDeletes(t *testing.T) {
 	}
 }
 
+// Ensure that a compaction leaves room for the Deletes that come before etcd is asked again what
+// room it has, however little more than the compaction takes there was.
+func TestEtcdCompactionKeepsRoomForDeletes(t *testing.T) {
+	const valueSize, deadSize = 5000, 32 << 10
+	for more := int64(0); more < valueSize; more += valueSize / 8 {
+		keys := 3 + int(more/100)
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			e.quota = 2 << 20
+			dir, _ := e.dir(t, t.Context(), "first:9999")
+			d, err := durable.Open(t.Context(), dir.directory, durable.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			<-time.After(surveyTime * 3 / 2) // from here on no time passes, so no survey gives room
+
+			// Most of the log is dead, and there is no room to compact it.
+			r, margin := &dir.client.room, e.quota/8
+			r.limit.Store(r.spent.Load())
+			for range 3 * margin / deadSize {
+				d.Set("dead", randomText(deadSize))
+				d.Commit()
+			}
+			d.Delete("dead")
+			for i := range keys {
+				d.Put(fmt.Sprint(i), randomText(valueSize))
+			}
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+
+			// Each Delete finds a little more room than the one before it, until there is enough for
+			// a compaction.
+			r.limit.Store(r.spent.Load() + margin/4 + valueSize + more)
+			left := -1
+			for i := range keys {
+				if err := d.Room(fmt.Sprint(i), 10, math.MaxInt); err != nil {
+					t.Fatalf("%d: Delete %d of %d, compacted with %d: %v", more, i, keys, left, err)
+				}
+				d.Delete(fmt.Sprint(i))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+
+				d.AwaitCompaction()
+				if _, hasSegment := dir.names["seg-1.log"]; hasSegment {
+					r.limit.Add(valueSize)
+				} else if left < 0 {
+					left = keys - i - 1
+				}
+			}
+			if left < 1 {
+				t.Errorf("%d: the log was compacted with %d of %d keys", more, left, keys)
+			}
+		})
+	}
+}
+
 // Ensure that a store in a full cluster is closed without its last frame, and opens again.
 func TestEtcdCloseWhileFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
