@@ -754,6 +754,12 @@ const fewValues = 16
 // writes reports whether q may change the store.
 func (q *Query) writes() bool { return q.row().effect >= adds }
 
+// changed reports whether q, which has run, has changed the store.
+func (q *Query) changed() bool {
+	// These two also add a value if they take none out.
+	return q.writes() && (q.n > 0 || q.queryType == update || q.queryType == set)
+}
+
 // frees reports whether q only takes something away.
 func (q *Query) frees() bool { return q.row().effect == frees }
 

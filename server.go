@@ -1763,7 +1763,7 @@ func (s *keyValueServer) hold() {
 	}
 	note := func(chain, end *Query) {
 		for q := chain; q != end; q = q.next {
-			if q.writes() {
+			if q.changed() {
 				s.unsaved[q.key] = true
 			}
 		}
@@ -1779,20 +1779,25 @@ func (s *keyValueServer) hold() {
 
 	answered := s.batch[:0]
 	for _, chain := range s.batch {
-		if s.isUnsaved(chain) {
-			s.held = append(s.held, chain)
-		} else {
+		if !s.isUnsaved(chain) {
 			answered = append(answered, chain)
+			continue
+		}
+		s.held = append(s.held, chain)
+		for q := chain; q != nil; q = q.next {
+			q.keep() // it may be held for long
 		}
 	}
 	clear(s.batch[len(answered):])
 	s.batch = answered
 }
 
-// isUnsaved reports whether a request of chain is about a key in unsaved, or about all keys.
+// isUnsaved reports whether a request of chain is about a key in unsaved, or about all keys. An
+// Expire without seconds has no key any more, so it may be about any.
 func (s *keyValueServer) isUnsaved(chain *Query) bool {
 	for q := chain; q != nil; q = q.next {
-		if q.row().lists || q.row().effect != noKey && s.unsaved[q.key] {
+		v := q.row()
+		if v.lists || v.effect != noKey && (q.key == "" || s.unsaved[q.key]) {
 			return true
 		}
 	}

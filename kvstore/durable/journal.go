@@ -105,8 +105,9 @@ func (j *journal) addFrame(kind uint32, payload []byte, count uint32) {
 }
 
 // syncRest makes everything written so far durable. If it already is, as after reads alone, there
-// is nothing to do. After a storage.ErrNoRoom the next syncRest tries again. Owner and timer call it, but only one fsync runs at a time: Linux reports a
-// failed write only once, so of two fsyncs one would believe that everything is on disk.
+// is nothing to do. After a storage.ErrNoRoom the next syncRest tries again. Owner and timer call
+// it, but only one fsync runs at a time: Linux reports a failed write only once, so of two fsyncs
+// one would believe that everything is on disk.
 func (j *journal) syncRest() error {
 	// The fsync covers frames up to this sequence, but none that are written from now on.
 	j.fsyncs <- struct{}{}
@@ -225,7 +226,7 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 
 // awaitTimer waits for the timer's fsync if that takes longer than Options.Fsync. Otherwise Commits
 // would go on returning while the disk stalls. It returns the error that has ended all writing, if
-// there is one, or the storage.ErrNoRoom of the timer's fsync.
+// there is one. After a storage.ErrNoRoom it tries again, because the timer may not run.
 func (j *journal) awaitTimer(now time.Time) error {
 	j.mu.Lock()
 	since := j.since
@@ -237,8 +238,12 @@ func (j *journal) awaitTimer(now time.Time) error {
 	}
 
 	j.mu.Lock()
-	defer j.mu.Unlock()
-	return cmp.Or(j.err, j.noRoomYet)
+	err, isOwed := j.err, j.noRoomYet != nil
+	j.mu.Unlock()
+	if err == nil && isOwed {
+		err = j.syncRest()
+	}
+	return err
 }
 
 // syncLater starts the timer if there is something for it to do and it does not run already.

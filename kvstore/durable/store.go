@@ -432,9 +432,11 @@ func (d *Store) Syncing() string {
 		return ""
 	case d.healing.Load() || d.awaiting.Load():
 		return d.dir.Path("the snapshot of a compaction")
-	case len(d.writing)+len(d.fsyncs) > 0:
-		d.mu.Lock()
-		defer d.mu.Unlock()
+	}
+
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.writing)+len(d.fsyncs) > 0 || d.noRoomYet != nil {
 		return d.current.path
 	}
 	return ""
@@ -457,12 +459,12 @@ func (d *Store) Lost() <-chan struct{} {
 // WhyLost returns the reason for which Lost was closed. Any goroutine may call it after that.
 func (d *Store) WhyLost() error { return d.lock.Held() }
 
-// Commit returns once everything done to the store is as durable as Options.Fsync says. After
-// an error it is unknown which changes since the last Commit are on disk (since the last fsync, if
-// Commits do not wait for it). Nothing is written any more, and every later Commit fails. But after
-// a storage.ErrNoRoom nothing has failed: the next Commit tries again. About once a second, and when the last frame is not where it was written, Commit checks whether others
-// have removed or changed the files. If so it writes all data again: that takes as long as a
-// compaction, and everybody waits for it.
+// Commit returns once everything done to the store is as durable as Options.Fsync says. After a
+// storage.ErrNoRoom the next Commit tries again. After any other error it is unknown which changes
+// since the last Commit are on disk (since the last fsync, if Commits do not wait for it): nothing
+// is written any more, and every later Commit fails. About once a second, and when the last frame
+// is not where it was written, Commit checks whether others have removed or changed the files. If
+// so it writes all data again: that takes as long as a compaction, and everybody waits for it.
 func (d *Store) Commit() error {
 	commitErr := d.commit()
 	if commitErr != nil && !errors.Is(commitErr, storage.ErrNoRoom) {

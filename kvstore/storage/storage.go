@@ -131,8 +131,8 @@ func IsFull(err error) bool {
 		errors.Is(err, syscall.EFBIG)
 }
 
-// ErrNoRoom is returned by a Sync that has found no room now. Nothing is lost: the file keeps what is
-// not durable yet, and the next Sync tries again.
+// ErrNoRoom is returned by a Sync that has found no room now. Nothing is lost: the file keeps what
+// is not durable yet, and the next Sync tries again.
 var ErrNoRoom = errors.New("no room now")
 
 // NewError returns an error with advice: what the user can do about it. In the advice of a store's

@@ -236,8 +236,8 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
 // has applied them. If etcd is full, do waits for room, but if ops put bytes it returns a
-// storage.ErrNoRoom. After that, an errSmaller or a storage.ErrGone it is not known whether ops were
-// applied. An errUnlike says that a comparison of a write does not hold.
+// storage.ErrNoRoom. After that, an errSmaller or a storage.ErrGone it is not known whether ops
+// were applied. An errUnlike says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 	if d.lock == nil {
 		return errors.New("written without the lock")

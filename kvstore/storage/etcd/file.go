@@ -25,6 +25,7 @@ const (
 	joinLeast = 8        // pieces that are joined, at least
 	joinMost  = 256      // pieces that are joined, at most
 	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: of larger ones there are few
+	bufMost   = 4 << 20  // bytes that wait in memory while etcd is full
 )
 
 // pieceFile is an open file. Its pieces are the parts in which it was sent, in order. A piece that
@@ -341,13 +342,19 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes wait in buf until they fill a piece, or for Sync, which also says if there is no room.
+	// Bytes wait in buf until they fill a piece, or for Sync, which also says if there is no room. A
+	// snapshot waits for room here, because in buf it would take too much memory.
 	f.buf = append(f.buf, rest...)
-	err := f.send(pieceMost)
-	if errors.Is(err, storage.ErrNoRoom) {
-		err = nil
+	for {
+		err := f.send(pieceMost)
+		if !errors.Is(err, storage.ErrNoRoom) {
+			return len(b), err
+		}
+		if len(f.buf) < bufMost {
+			return len(b), nil
+		}
+		wait(f.d.lock.ctx, beatTime)
 	}
-	return len(b), err
 }
 
 // send sends buf in pieces, while it has at least least bytes. If etcd is full it returns a
@@ -363,8 +370,8 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// sendPiece sends the first n bytes of buf. n is 0 if it only finds out what has arrived: then it is
-// to be called again.
+// sendPiece sends the first n bytes of buf. n is 0 if it only finds out what has arrived: then it
+// is to be called again.
 func (f *pieceFile) sendPiece() (n int, err error) {
 	switch {
 	case f.isUnsure && f.d.client.full.Load(): // signs of life find out when there is room again

@@ -187,6 +187,75 @@ func TestEtcdFullInACommit(t *testing.T) {
 	}
 }
 
+// Ensure that a server whose pieces were deleted while etcd is full writes all again once there is
+// room, before it answers or ends: only it has the data.
+func TestEtcdGoneWhileFull(t *testing.T) {
+	for _, then := range []string{"a read", "a write", "a stop"} {
+		synctest.Test(t, func(t *testing.T) {
+			e, h := newFakeEtcd(), storetest.NewHistory()
+			d, _ := e.open(t)
+			for i := range 20 {
+				commit(t, d, h, fmt.Sprint("k", i), rand.Text())
+			}
+			<-time.After(10 * time.Second)
+			e.setFull(true)
+			<-time.After(3 * time.Second)
+			e.delete("kv/d/")
+			time.AfterFunc(30*time.Second, func() { e.setFull(false) })
+
+			switch then {
+			case "a write":
+				commit(t, d, h, "k", "v")
+			case "a read":
+				<-time.After(3 * time.Second)
+				d.Get("k1")
+				if err := storetest.Commit(d); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			after, _ := e.dir(t, t.Context(), "second:9999")
+			checkKept(t, h, after, "after "+then+" in a full cluster")
+		})
+	}
+}
+
+// Ensure that little of what is written to a full cluster waits in memory, and all of it arrives.
+func TestEtcdFullWhileAFileIsMade(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
+		defer lock.Close()
+		f, err := dir.Create("snapshot")
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		e.setFull(true)
+		const parts = 20
+		part, done := []byte(randomText(pieceMost)), make(chan error, 1)
+		go func() {
+			var err error
+			for i := range int64(parts) {
+				_, writeErr := f.WriteAt(part, i*pieceMost)
+				err = errors.Join(err, writeErr)
+			}
+			done <- errors.Join(err, f.Sync())
+		}()
+
+		<-time.After(10 * time.Second)
+		if n := len(f.(*pieceFile).buf); n > bufMost+pieceMost {
+			t.Errorf("%d bytes wait in memory", n)
+		}
+		e.setFull(false)
+		if err := <-done; err != nil || f.(*pieceFile).length() != parts*pieceMost {
+			t.Errorf("then the file has %d bytes: %v", f.(*pieceFile).length(), err)
+		}
+	})
+}
+
 // Ensure that writes are refused before the quota is reached, that Deletes go on, and that values
 // that were overwritten do not take room for long.
 func TestEtcdQuota(t *testing.T) {

@@ -65,8 +65,9 @@ func (c *crowded) Commit() error {
 	return nil
 }
 
-// CommitWithoutRoom ensures that while Commits find no room, what was written has no answer, nor has
-// what may tell of it, and that all else is answered; and that once there is room nothing is owed.
+// CommitWithoutRoom ensures that while Commits find no room, what was written has no answer, nor
+// has what may tell of it, and that all else is answered; and that once there is room nothing is
+// owed.
 func CommitWithoutRoom(t *testing.T, start StartOn) {
 	synctest.Test(t, func(t *testing.T) {
 		const updateTakes = 10 * time.Millisecond
@@ -74,22 +75,27 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 			func() time.Duration { return updateTakes }}}
 		n := start.on(t, db)
 		reader, writer, other, lister, taker := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
-		slow, late := n.Dial(t), n.Dial(t)
+		slow, late, timer, patient := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
 		reader.Ask("Put:old:1\nPut:gone:1\nPing", ":PONG")
 		taker.Post("Take:job:600\n")
 		db.isFull.Store(true)
+		defer db.isFull.Store(false) // or a test that fails would never end
 
 		// Chains that write wait as a whole, and so do Takes that they serve.
 		writer.Post("Get:old\nPut:new:1\nPut:job:1\n")
 		other.Post("Count:new\n")
 		lister.Post("Keys\n")
+		timer.Post("Expire:new\n")
+		patient.Post("Ack\nTake:void:2\nDelete:void\n") // these change nothing
 		for range 3 {
 			world.Pass(time.Second) // later Commits try again
-			for _, c := range []*Client{writer, other, lister, taker} {
+			for _, c := range []*Client{writer, other, lister, taker, timer} {
 				c.WantNothing()
 			}
 			reader.Ask("Get:old\nGet:none\nPing", "old:1", ":PONG")
 		}
+
+		is.Equal(t, "bytes for who changed nothing", patient.Conn.(*world.Conn).Unread(), 3*len(":OK 0\n"))
 
 		// A chain that waits for its turn has written, too.
 		slow.Post("Delete:gone\nUpdate:x:a:b\nPing\n")
@@ -108,6 +114,8 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 		other.Want(":OK 1")
 		lister.Want(": gone", ": new", ": old", ":OK 3")
 		taker.Want("job:1")
+		timer.Want(":OK 1")
+		patient.Want(":OK 0", ":OK 0", ":OK 0")
 		slow.Want(":PONG")
 		late.Want(":OK 0")
 	})
