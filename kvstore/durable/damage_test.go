@@ -739,6 +739,26 @@ func FuzzRecords(f *testing.F) {
 	})
 }
 
+// Ensure that a record that no store writes is refused, although its frame's checksum is right.
+func TestStrangeRecords(t *testing.T) {
+	for what, record := range map[string][]byte{
+		"a deadline over the largest int64": appendExpire(nil, "k", -1),
+		"a list with fewer values than it says": append(appendRecord(nil, opList, 0, "k"),
+			"\x02\x01v"...),
+		"half a key":        appendRecord(nil, opDelete, 0, "key")[:3],
+		"an unknown kind":   appendRecord(nil, 200, 0, "k"),
+		"half a second one": append(appendRecord(nil, opDelete, 0, "k"), opDelete),
+	} {
+		m := kvstore.NewMemory()
+		m.Put("k", "v")
+		err := apply(m, string(record), 1)
+		_, hasDeadline := m.Deadline("k")
+		if err == nil || hasDeadline {
+			t.Errorf("%s: %v; the key has a deadline: %v", what, err, hasDeadline)
+		}
+	}
+}
+
 // eioDir is a directory in which one file cannot be read.
 type eioDir struct {
 	*storetest.Dir
