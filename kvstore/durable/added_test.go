@@ -121,41 +121,49 @@ func TestStrayLogFile(t *testing.T) {
 	}
 }
 
-// Ensure that an older log file which somebody puts into the directory is removed durably: a power
-// failure does not bring it back.
+// Ensure that a log file which somebody puts into the directory is removed durably if its number is
+// not higher than the newest file's: a power failure does not bring it back.
 func TestLeftoverIsRemoved(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, d := newSmall(t, Options{})
-		d.Put("key", "value")
-		if err := d.Commit(); err != nil {
-			t.Fatal(err)
-		}
-		older := slices.Clone(dir.Names["seg-1.log"].Data)
-		for d.snapshot == 0 {
-			d.Set("key", strings.Repeat("v", 100))
+	for what, nameOf := range map[string]func(d *Store) string{
+		"an older segment": func(*Store) string { return "seg-1.log" },
+		"the current segment's snapshot": func(d *Store) string {
+			return logName(kindSnapshot, d.number())
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			dir, d := newSmall(t, Options{})
+			d.Put("key", "value")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
 			}
-			d.AwaitCompaction()
-		}
+			older := slices.Clone(dir.Names["seg-1.log"].Data)
+			for d.snapshot == 0 {
+				d.Set("key", strings.Repeat("v", 100))
+				if err := d.Commit(); err != nil {
+					t.Fatal(err)
+				}
+				d.AwaitCompaction()
+			}
 
-		// The file and its name are on disk, so only a Sync of the store takes them away for good.
-		f, _ := dir.Create("seg-1.log")
-		f.WriteAt(older, 0)
-		f.Sync()
-		f.Close()
-		dir.Sync()
+			// The file and its name are on disk, so only a Sync of the store takes them away for
+			// good.
+			f, _ := dir.Create(nameOf(d))
+			f.WriteAt(older, 0)
+			f.Sync()
+			f.Close()
+			dir.Sync()
 
-		<-time.After(lookTime)
-		if err := d.Commit(); err != nil {
-			t.Fatal(err)
-		}
-		for seed := range uint64(20) {
-			wantAll(t, fmt.Sprint("seed ", seed), dir.Crash(rand.New(rand.NewPCG(seed, 1))),
-				maps.Collect(d.All()))
-		}
-		d.Close()
-	})
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			for seed := range uint64(20) {
+				wantAll(t, fmt.Sprintf("%s, seed %d", what, seed),
+					dir.Crash(rand.New(rand.NewPCG(seed, 1))), maps.Collect(d.All()))
+			}
+			d.Close()
+		})
+	}
 }
 
 // Ensure that something that cannot be removed does not hold up a heal, and is logged once.
