@@ -124,7 +124,7 @@ func TestRotationFailsTwice(t *testing.T) {
 }
 
 // Ensure that a store whose rotation was killed at any call goes on, also after more
-// rotations and restarts.
+// rotations and restarts, and that a start does not take what it writes itself for a change.
 func TestKilledRotation(t *testing.T) {
 	for n := 1; ; n++ {
 		dir := storetest.New()
@@ -157,6 +157,10 @@ func TestKilledRotation(t *testing.T) {
 		for range 3 {
 			if d, err = openSmall(dir, Options{}); err != nil {
 				t.Fatalf("killed at call %d: %v", n, err)
+			}
+			if c, err := d.changed(); err != nil || len(c.spoiled) > 0 {
+				t.Fatalf("killed at call %d: the start's own writes count as changes of %q, %v", n,
+					c.spoiled, err)
 			}
 			d.minCompact = 1 << 30
 			for number := d.number(); d.number() < number+2; {
