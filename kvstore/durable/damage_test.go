@@ -434,6 +434,42 @@ func TestOlderCopyOverNewer(t *testing.T) {
 	}
 }
 
+// Ensure that a whole file is refused if it is from a copy of the store that was written to as well,
+// because the next file does not begin with the frame after it: some are missing, or are there twice.
+func TestFileOfAWrittenCopy(t *testing.T) {
+	made, d := newSmall(t, Options{})
+	d.Close()
+	write := func(value string) *storetest.Dir {
+		dir := made.Kill()
+		d, err := openSmall(dir, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.minCompact = 1 << 40
+		for d.number() < 3 {
+			d.Put("key", value)
+			d.Commit()
+		}
+		d.Close()
+		return dir
+	}
+
+	few, many := write(strings.Repeat("v", 100)), write("v")
+	for what, mixed := range map[string]*storetest.Dir{
+		"frames are missing":     many.With("seg-1.log", few.Names["seg-1.log"].Data),
+		"frames are there twice": few.With("seg-1.log", many.Names["seg-1.log"].Data),
+	} {
+		_, err := openStill(mixed, Options{})
+		if !errors.As(err, new(*storage.DamageError)) ||
+			!strings.Contains(err.Error(), "seg-2.log is damaged: the file begins with frame") {
+			t.Errorf("%s: %v", what, err)
+		}
+		if r, err := check(mixed); err != nil || !r.Damaged {
+			t.Errorf("%s: check: %v, %v", what, r, err)
+		}
+	}
+}
+
 // Ensure that a start removes a segment that the snapshot replaces only if it is full and whole.
 func TestReplacedSegment(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
@@ -640,8 +676,8 @@ func TestRefusals(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", what, err, c.want)
 		}
-		if c.dir.Locked || !maps.Equal(before, c.dir.Names) {
-			t.Errorf("%s: something was changed or is still locked", what)
+		if c.dir.Locked || c.dir.Handles > 0 || !maps.Equal(before, c.dir.Names) {
+			t.Errorf("%s: something was changed, or is still locked or open", what)
 		}
 
 		if errors.Is(err, storage.ErrNotOurs) || errors.Is(err, ErrNewer) ||
