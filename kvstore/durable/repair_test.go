@@ -85,6 +85,20 @@ func TestRepair(t *testing.T) {
 	}
 }
 
+// Ensure that Repair saves a frame behind a bad one that ends where the file ends.
+func TestRepairSavesTheLastFrame(t *testing.T) {
+	dir, name, starts := segment(t, 3)
+	data := slices.Clone(dir.Names[name].Data)
+	data[starts[1]+frameSize+2] ^= 1 // the second frame's records
+
+	out, r, err := repaired(t, dir.With(name, data))
+	if err != nil || !r.Lost {
+		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
+	}
+	wantAll(t, "repaired", out, map[string][]string{
+		"key": {"value0", "value2"}, "": {""}, "kk": {""}})
+}
+
 // Ensure that Repair of a store without log files, or of no store, says so and makes nothing.
 func TestRepairOfNothing(t *testing.T) {
 	dir, name, _ := segment(t, 1)
@@ -420,7 +434,8 @@ func TestRepairNamesEveryGap(t *testing.T) {
 	}
 }
 
-// Ensure that a snapshot that is cut behind a frame is reported as a loss.
+// Ensure that a snapshot that is cut behind a frame is reported as a loss, and what it still has is
+// saved.
 func TestRepairOfACutSnapshot(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	for i := range 2000 {
@@ -440,9 +455,15 @@ func TestRepairOfACutSnapshot(t *testing.T) {
 	}
 
 	cut := dir.With(name, dir.Names[name].Data[:headerSize+f.padded()])
-	if _, r, err := repaired(t, cut); err != nil || !r.Lost {
+	out, r, err := repaired(t, cut)
+	if err != nil || !r.Lost {
 		t.Errorf("%v, and repair says\n%s", err, strings.Join(r.Lines, "\n"))
 	}
+	again, err := openSmall(out, Options{})
+	if err != nil || keysOf(again) != int(f.count) {
+		t.Fatalf("%d keys, want the %d of the first frame: %v", keysOf(again), f.count, err)
+	}
+	again.Close()
 }
 
 // Ensure that Repair saves everything, and calls nothing lost, if files only have wrong names,
