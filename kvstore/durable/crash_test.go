@@ -660,6 +660,26 @@ func TestRefusedWriteTakesNoRoom(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that a write that fits into the log's room is taken if SPARE gets as much as it must have
+// for it, though the disk has no room for the whole step in which SPARE grows.
+func TestSpareGetsTheLastBytes(t *testing.T) {
+	for _, missing := range []int{0, 1} {
+		dir, d := newSmall(t, Options{Fsync: FsyncNever})
+		if err := d.Room("", 100, 0); err != nil {
+			t.Fatal(err)
+		}
+
+		// SPARE has whole steps so far. If a step does not fit, half of it is tried.
+		half := d.zerosAhead / 2
+		dir.Room = sizeOf(dir) + half - missing
+		err := d.roomBeside(d.room, d.spare.fileSize+int64(half))
+		if storage.IsFull(err) != (missing > 0) {
+			t.Errorf("%d bytes are missing: %v", missing, err)
+		}
+		d.Close()
+	}
+}
+
 // Ensure that requests that free room, and are refused on a full disk again and again, ask the disk
 // only ten times a second; that smaller ones are tried; and that they are taken soon after there is
 // room again, at once after a compaction.
