@@ -185,9 +185,10 @@ func TestMissingLock(t *testing.T) {
 }
 
 // Ensure that a start does not take a LOCK that a server has just made again and has not locked yet,
-// where only LOCK is locked.
+// where only LOCK is locked, and that nothing is left of an older LOCK's text.
 func TestLockThatIsJustMade(t *testing.T) {
-	for text, wait := range map[string]time.Duration{"": noticeTime, "by somebody": 0} {
+	older := strings.Repeat("by somebody ", 20)
+	for text, wait := range map[string]time.Duration{"": noticeTime, older: 0} {
 		synctest.Test(t, func(t *testing.T) {
 			path := t.TempDir()
 			os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
@@ -202,6 +203,10 @@ func TestLockThatIsJustMade(t *testing.T) {
 			lock.Close()
 			if took := time.Since(began); took != wait {
 				t.Errorf("a LOCK with %q is taken after %v, want %v", text, took, wait)
+			}
+			owner := d.owner()
+			if !strings.HasPrefix(owner, "by process ") || strings.Contains(owner, "somebody") {
+				t.Errorf("a LOCK with %q is now %q", text, owner)
 			}
 		})
 	}
@@ -380,6 +385,9 @@ func TestNewLockOfAnother(t *testing.T) {
 
 		// LOCK is removed, made again, and locked before the first process can do it.
 		os.Remove(filepath.Join(path, LockName))
+		if first.isThis(lock.(*diskLock).file, LockName) {
+			t.Error("the removed file counts as LOCK")
+		}
 		other, err := second.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -422,4 +430,37 @@ func TestFailedLockLeavesNothing(t *testing.T) {
 		t.Fatalf("once that has gone: %v", err)
 	}
 	lock.Close()
+}
+
+// Ensure that a start that fails because the directory itself is locked leaves no file open.
+func TestFailedLockClosesTheDirectory(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		return // the directory is not locked
+	}
+	synctest.Test(t, func(t *testing.T) {
+		path := t.TempDir()
+		lock, err := mustOpen(t, path).Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+
+		// A file that is opened gets the lowest number that is free.
+		second := mustOpen(t, path)
+		lowest := func() uintptr {
+			f, err := os.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			return f.Fd()
+		}
+		before := lowest()
+		if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
+			t.Errorf("beside a holder: %v", err)
+		}
+		if after := lowest(); after > before {
+			t.Errorf("the next file got the number %d before, and %d since", before, after)
+		}
+	})
 }
