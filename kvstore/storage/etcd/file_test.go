@@ -336,6 +336,32 @@ func TestEtcdCountAfterALook(t *testing.T) {
 	})
 }
 
+// Ensure that as many pieces are counted as there are if the answer to a write came too late, also to
+// one that joins pieces.
+func TestEtcdCountAfterALateAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		for i, at := 0, int64(0); i < 100; i++ {
+			w.suffer(tooLate, 0)
+			write(t, f, &at, []byte(randomText(2<<10)))
+			pieces := e.list(*dir.all("d/")).Count
+			if counted := dir.pieces.Load(); counted != pieces {
+				t.Fatalf("write %d: %d pieces are counted, and %d are there", i, counted, pieces)
+			}
+		}
+		if err := lock.Held(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // arrive has a transaction arrive that was sent before.
 func (e *fakeEtcd) arrive(t transaction) {
 	e.mu.Lock()
