@@ -293,3 +293,49 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 		}
 	})
 }
+
+// Ensure that what is found to be gone while check runs, but not by it, still counts as gone after it.
+func TestEtcdGoneBesideACheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, w, lock := newFakeEtcd().locked(t)
+		defer lock.Close()
+		var once sync.Once
+		w.mu.Lock()
+		w.before = func(int) { once.Do(func() { dir.lock.miss(errors.New("a test")) }) }
+		w.mu.Unlock()
+
+		for _, want := range []error{storage.ErrGone, nil} { // after each check
+			if err := errors.Join(lock.Verify(), lock.Held()); !errors.Is(err, want) {
+				t.Errorf("after a check: %v, want %v", err, want)
+			}
+		}
+	})
+}
+
+// Ensure that a removed step counts as something gone, and that after it a change that arrives once
+// more, much later, changes nothing.
+func TestEtcdStepIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		_, err := dir.Create("a")
+		made := w.lastSent()
+		if err := errors.Join(err, dir.Remove("a")); err != nil {
+			t.Fatal(err)
+		}
+
+		e.delete("kv/step")
+		if _, err := dir.Create("b"); !errors.Is(err, storage.ErrGone) {
+			t.Errorf("without the step: %v", err)
+		}
+		if err := errors.Join(lock.Verify(), lock.Held()); err != nil {
+			t.Errorf("after a check: %v", err)
+		}
+
+		e.arrive(made)
+		if e.list(keyRange{Key: dir.key("n/a")}).Count > 0 {
+			t.Error("a change of an earlier series is made once more")
+		}
+	})
+}

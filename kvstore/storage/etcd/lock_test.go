@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -457,6 +458,30 @@ func TestEtcdLockElsewhere(t *testing.T) {
 		e.mu.Unlock()
 		if _, err := e.tryOpen(t, time.Minute); err == nil || other.kvs["kv/n/STORE"].Key != nil {
 			t.Errorf("a new store with one member of two: %v", err)
+		}
+	})
+}
+
+// Ensure that a server does not take the lock of another one in a cluster that is in the place of its
+// own now, although its own lock had a higher revision.
+func TestEtcdLockOfAnotherElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		other, e := newFakeEtcd(), newFakeEtcd()
+		_, _, otherLock := other.locked(t)
+		defer otherLock.Close()
+		e.revision = 1000
+		_, _, lock := e.locked(t)
+		defer lock.Close()
+
+		theirs := other.copy()
+		e.restore(theirs, "2")
+		lock.Verify()
+		if err := lock.Verify(); !errors.Is(err, ErrTakenOver) {
+			t.Errorf("it says %v", err)
+		}
+		got, want := e.copy().kvs["kv/lock"].Value, theirs.kvs["kv/lock"].Value
+		if !bytes.Equal(got, want) {
+			t.Errorf("the lock is %s, and was %s", got, want)
 		}
 	})
 }

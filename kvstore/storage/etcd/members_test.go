@@ -515,6 +515,27 @@ func TestEtcdOtherWhileSilent(t *testing.T) {
 	})
 }
 
+// Ensure that a request is sent again after a refusal that may pass, and after no other.
+func TestEtcdRefusalsThatPass(t *testing.T) {
+	for _, c := range []struct {
+		codes   []int // gRPC's
+		message string
+		isFinal bool
+	}{
+		{[]int{1, 2, 4, 10, 13, 14, 16}, "etcdserver: not now", false},
+		{[]int{3, 5, 6, 7, 9, 11, 12, 15}, "etcdserver: no", true},
+		{[]int{3}, "etcdserver: revision of auth store is old", false},
+		{[]int{8}, "etcdserver: too many requests", false},
+		{[]int{8}, "etcdserver: mvcc: database space exceeded", true},
+	} {
+		for _, code := range c.codes {
+			if got := isFinal(&refusal{c.message, code}); got != c.isFinal {
+				t.Errorf("%d, %q is final: %v", code, c.message, got)
+			}
+		}
+	}
+}
+
 // Ensure that a request fails only once all members have refused it, not if one of them has refused
 // it twice, as when another goroutine's failure has changed which member is asked.
 func TestEtcdRefusedByOne(t *testing.T) {
