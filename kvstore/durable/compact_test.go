@@ -221,6 +221,11 @@ func TestSnapshotOfLongKeys(t *testing.T) {
 	}
 	d.noteSnapshot(c)
 	d.Close()
+
+	// A record has at least one value, however large that is.
+	if n := listPart("k", []string{strings.Repeat("v", 2*maxFrameSnapshot), "w"}); n != 1 {
+		t.Errorf("a record with a huge value has %d values", n)
+	}
 }
 
 // Ensure that files which a compaction could not remove are removed later, and that its snapshot
