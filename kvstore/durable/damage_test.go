@@ -434,8 +434,9 @@ func TestOlderCopyOverNewer(t *testing.T) {
 	}
 }
 
-// Ensure that a whole file is refused if it is from a copy of the store that was written to as well,
-// because the next file does not begin with the frame after it: some are missing, or are there twice.
+// Ensure that a whole file is refused if it is from a copy of the store that was written to as
+// well, because the next file does not begin with the frame after it: some are missing, or are
+// there twice.
 func TestFileOfAWrittenCopy(t *testing.T) {
 	made, d := newSmall(t, Options{})
 	d.Close()

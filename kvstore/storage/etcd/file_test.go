@@ -336,8 +336,8 @@ func TestEtcdCountAfterALook(t *testing.T) {
 	})
 }
 
-// Ensure that as many pieces are counted as there are if the answer to a write came too late, also to
-// one that joins pieces.
+// Ensure that as many pieces are counted as there are if the answer to a write came too late, also
+// to one that joins pieces.
 func TestEtcdCountAfterALateAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()

@@ -294,7 +294,8 @@ func TestEtcdGoneMeanwhile(t *testing.T) {
 	})
 }
 
-// Ensure that what is found to be gone while check runs, but not by it, still counts as gone after it.
+// Ensure that what is found to be gone while check runs, but not by it, still counts as gone after
+// it.
 func TestEtcdGoneBesideACheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, w, lock := newFakeEtcd().locked(t)

@@ -462,8 +462,8 @@ func TestEtcdLockElsewhere(t *testing.T) {
 	})
 }
 
-// Ensure that a server does not take the lock of another one in a cluster that is in the place of its
-// own now, although its own lock had a higher revision.
+// Ensure that a server does not take the lock of another one in a cluster that is in the place of
+// its own now, although its own lock had a higher revision.
 func TestEtcdLockOfAnotherElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		other, e := newFakeEtcd(), newFakeEtcd()
