@@ -316,6 +316,21 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 }
 
+// Ensure that a flag takes the least and the most that its text says, and nothing beyond.
+func TestFlagEdges(t *testing.T) {
+	for args, fits := range map[string]bool{
+		"-max-line 64": true, "-max-line 63": false, "-max-line 1GiB": true, "-max-line 1073741825": false,
+		"-max-memory 64MB": true, "-max-memory 63999999": false, "-max-memory 0": true,
+		"-max-clients 1": true, "-max-clients 0": false, "-write-timeout 0s": true,
+		"-addr 0": true, "-addr 65535": true, "-addr 65536": false,
+		"-data d -fsync 1ms": true, "-data d -fsync 999us": false,
+		"-data d -fsync 1h": true, "-data d -fsync 1h1ns": false,
+	} {
+		_, err := parseFlags(strings.Fields(args), io.Discard)
+		is.Equal(t, args+" fits", err == nil, fits)
+	}
+}
+
 // Ensure that a variable with a typing error in its name is noticed, and that variables of other
 // programs are not.
 func TestFlagsUnknownInTheEnvironment(t *testing.T) {
@@ -630,20 +645,25 @@ func TestKilledServer(t *testing.T) {
 
 func TestTLS(t *testing.T) { command.TLS(t, binary) }
 
-// Ensure that a handshake that does not go on ends in time, and that Close does not wait for one.
+// Ensure that a handshake that does not go on ends in time, and that Close does not wait for one,
+// even if it has not begun because others are under way.
 func TestTLSHandshakeIsLimited(t *testing.T) {
 	withTLS := serverConfig(t)
-	for _, closing := range []bool{false, true} {
+	for _, c := range []struct {
+		closing, othersFirst bool
+		takes                time.Duration
+	}{{false, false, handshakeTime}, {true, false, 0}, {true, true, 0}} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = withTLS
-			a, want := n.Dial(t), handshakeTime
-			synctest.Wait()
-			if closing {
-				want = 0
+			n.start(t)
+			for c.othersFirst && len(n.server.shaking.slots) < cap(n.server.shaking.slots) {
+				n.server.shaking.slots <- struct{}{}
 			}
+			a := n.Dial(t)
+			synctest.Wait()
 
-			is.Within(t, want, want, func() {
-				if closing {
+			is.Within(t, c.takes, c.takes, func() {
+				if c.closing {
 					n.server.Close()
 				}
 				a.WantClosed()
@@ -1004,6 +1024,16 @@ func TestStart(t *testing.T) {
 	is.Equal(t, "second Start", first.Start(0), errStarted)
 }
 
+// Ensure that a server that cannot serve gives its data back, and a lock in etcd with it.
+func TestStartThatFailsGivesItsDataBack(t *testing.T) {
+	dir := t.TempDir()
+	log := newLog(io.Discard, false, false)
+	defer close(log.lines)
+	c, _ := parseFlags([]string{"-data", dir, "-addr", "unix:/no/such/sock"}, io.Discard)
+	is.Equal(t, "it serves", serve(c, log) == nil, false)
+	command.OpenStore(t, dir).Close()
+}
+
 // Ensure that every call may come twice, early, late and concurrently.
 func TestStartAndCloseInAnyOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1094,6 +1124,13 @@ func TestCounts(t *testing.T) {
 		check(0, 3)
 		n.Dial(t).HangUp()
 		check(0, 4)
+
+		// A server that closes gives its last client a moment, and still tells the counts.
+		d := n.Dial(t)
+		d.Ask("Ping", ":PONG")
+		go n.server.Close()
+		is.Within(t, 0, 0, func() { check(1, 4) })
+		d.WantClosed()
 	})
 }
 
@@ -2319,9 +2356,7 @@ func TestMemoryLimitOfBegunLines(t *testing.T) {
 	for _, kind := range []struct{ clients, bytes int }{{150, 60 * kilo}, {40, 300 * kilo}} {
 		for _, end := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, n *fakeNet) {
-				n.server.maxLine = 1 << 20
-				b := &n.server.budget
-				b.limitTo(64<<20, 0)
+				b := n.limit(64<<20, 1<<20)
 				if kind.clients > 100 {
 					b.limitTo(16<<20, 0)
 				}
@@ -2391,16 +2426,14 @@ func TestMemoryLimitOfWaitingLines(t *testing.T) {
 	for _, line := range []string{"Take:" + long + ":60\n", strings.Repeat("Ping:"+long+"\n", 10),
 		"Set:other:" + long + "\nGet:big\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 19
-			n.server.budget.limitTo(32<<20, 0)
+			b := n.limit(32<<20, 1<<19)
 			n.fill("big", long, 4)
-			share := n.server.budget.shared() / inputShare
+			share := b.shared() / inputShare
 			sent := []byte(line) // one for all
 			before := protocol.HeapBytes()
 			clients := n.DialMany(t, storetest.Fewer(50, 2), func(_ int, c *protocol.Client) { go c.Conn.Write(sent) })
 			world.Pass(slowAfter + lineTime)
 
-			b := &n.server.budget
 			is.Between(t, fmt.Sprintf("%.4s: bytes that they hold", line), b.waitingLines.Load()+b.inputs.Load(),
 				0, 3*share)
 			b.collected(int64(protocol.HeapBytes() - before))
@@ -2465,8 +2498,7 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			strings.Repeat("\nGet:big", 3*maxChain) + "\n", time.Second},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			n.server.budget.limitTo(16<<20, 0)
+			n.limit(16<<20, 1<<20)
 			long := strings.Repeat("l", 900*kilo)
 			n.fill("k", long, 2)
 			n.fill(long, "v", 1)
@@ -2522,9 +2554,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			const count = 50
-			n.server.maxLine = 1 << 20
-			b := &n.server.budget
-			b.limitTo(16<<20, 0)
+			b := n.limit(16<<20, 1<<20)
 
 			clients := n.DialMany(t, count, func(_ int, o *protocol.Client) { go o.SendSome(c.burst) })
 			world.Pass(slowAfter / 2)
@@ -2549,9 +2579,7 @@ func TestMemoryLimitOfBursts(t *testing.T) {
 func TestMemoryLimitOfLinesInARow(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
 		const count = 60
-		n.server.maxLine = 1 << 20
-		b := &n.server.budget
-		b.limitTo(64<<20, 0)
+		b := n.limit(64<<20, 1<<20)
 
 		line := []byte("Set:k:" + strings.Repeat("p", 600*kilo) + "\nSet:k:" + strings.Repeat("q", 5*kilo))
 		clients := n.DialMany(t, count, func(_ int, o *protocol.Client) {
@@ -2587,9 +2615,7 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 func TestMemoryLimitOfEndedLines(t *testing.T) {
 	for _, end := range []string{"", "Take:none:3600\nSet:k:" + strings.Repeat("v", 5*kilo)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			b := &n.server.budget
-			b.limitTo(64<<20, 0)
+			b := n.limit(64<<20, 1<<20)
 
 			// All lines have begun before the first one ends, so no other line gets its buffer.
 			clients := n.DialMany(t, 24, func(_ int, o *protocol.Client) {
@@ -2630,9 +2656,7 @@ func TestMemoryLimitOfEndedLines(t *testing.T) {
 func TestMemoryLimitOfALineBehindAShorterOne(t *testing.T) {
 	for _, tooMany := range []bool{false, true} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			b := &n.server.budget
-			b.limitTo(64<<20, 0)
+			b := n.limit(64<<20, 1<<20)
 			b.inputs.Add(b.forBursts())
 			a, o := n.DialAck(t), n.DialAck(t)
 			a.Ask("Remove:k:"+strings.Repeat("p", 100*kilo), ":OK 0")
@@ -2709,8 +2733,7 @@ func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
 	long := strings.Repeat("v", 60*kilo)
 	for _, lines := range []string{"Keys:" + long + "\n", "Remove:k:" + long + "\nKeys\n"} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			n.server.budget.limitTo(16<<20, 0)
+			n.limit(16<<20, 1<<20)
 			for range maxSnapshots { // others read theirs
 				n.server.snapshots.slots <- struct{}{}
 			}
@@ -2736,8 +2759,7 @@ func TestMemoryLimitOfLinesBesideKeys(t *testing.T) {
 // share.
 func TestMemoryLimitOfALineBesideKeys(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		n.server.budget.limitTo(16<<20, 0)
+		n.limit(16<<20, 1<<20)
 		n.server.budget.inputs.Add(n.server.budget.forBursts())
 		for range maxSnapshots {
 			n.server.snapshots.slots <- struct{}{}
@@ -2764,9 +2786,7 @@ func (n *fakeNet) wantLinesBounded(t *testing.T, clients int) {
 // Ensure that a single line, however long, keeps no line that frees waiting.
 func TestMemoryLimitBesideALongLine(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 8 << 20
-		b := &n.server.budget
-		b.limitTo(16<<20, 0)
+		b := n.limit(16<<20, 8<<20)
 		b.inputs.Add(b.forInput())
 		long, a := n.Dial(t), n.DialAck(t)
 		long.Post("Put:k:" + strings.Repeat("v", 5<<20))
@@ -2779,9 +2799,7 @@ func TestMemoryLimitBesideALongLine(t *testing.T) {
 // Ensure that mute clients with short lines, however many, take no memory from long lines.
 func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		b := &n.server.budget
-		b.limitTo(16<<20, 0)
+		b := n.limit(16<<20, 1<<20)
 		burst := strings.Repeat("Ping:pppppppppppppppppppp\n", 6000)
 		mute := n.DialMany(t, 400, func(_ int, o *protocol.Client) { go o.SendSome(burst) })
 		world.Pass(10 * time.Second)
@@ -2793,9 +2811,7 @@ func TestMemoryLimitOfLinesBesideShortOnes(t *testing.T) {
 // Ensure that bursts, however many, leave memory for long lines.
 func TestMemoryLimitOfLinesBesideBursts(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		b := &n.server.budget
-		b.limitTo(64<<20, 0)
+		b := n.limit(64<<20, 1<<20)
 		b.inputs.Add(b.forBursts())
 
 		slow, other := n.Dial(t), n.DialAck(t)
@@ -2826,8 +2842,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 		{"Remove:k:", strings.Repeat("v", steadyRate), 3, "Remove:k:", ":OK 0"},
 	} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			n.server.budget.limitTo(64<<20, 0)
+			n.limit(64<<20, 1<<20)
 
 			a, long := n.DialAck(t), strings.Repeat("v", 100*kilo)
 			a.Send(c.line + long)
@@ -2854,8 +2869,7 @@ func TestMemoryLimitOfSlowLines(t *testing.T) {
 func TestMemoryLimitOfALineThatHasWaited(t *testing.T) {
 	for _, before := range []int{0, 30 * kilo} { // bytes that come two ticks earlier
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 1 << 20
-			n.server.budget.limitTo(64<<20, 0)
+			n.limit(64<<20, 1<<20)
 			first, a, other := n.DialAck(t), n.DialAck(t), n.Dial(t)
 			a.Send("Put:k:" + strings.Repeat("v", before))
 			first.Send("Put:k:")
@@ -2901,9 +2915,8 @@ func TestMemoryLimitOfFormattedValues(t *testing.T) {
 // Ensure that what lines take is not counted too low while the error of a long line waits for room.
 func TestMemoryLimitBesideAnError(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine, n.server.maxMessage = 200*kilo, maxMessage
-		b := &n.server.budget
-		b.limitTo(64<<20, 0)
+		n.server.maxMessage = maxMessage
+		b := n.limit(64<<20, 200*kilo)
 		b.inputs.Add(b.forBursts()) // so that the error line gets its memory as a line
 
 		mute := n.dialMute(t)
@@ -3652,8 +3665,7 @@ func TestSlowLineBehindReplies(t *testing.T)   { protocol.SlowLineBehindReplies(
 // Ensure that a client that does not read its replies keeps no long line of others from its memory.
 func TestInputBehindReplies(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.server.maxLine = 1 << 20
-		n.server.budget.limitTo(64<<20, 0)
+		n.limit(64<<20, 1<<20)
 		n.server.budget.inputs.Add(n.server.budget.forInput()) // only one line at a time is let in
 		n.fill("big", strings.Repeat("v", 1200), 4000)         // more than the queue holds
 
@@ -4632,6 +4644,13 @@ func (n *fakeNet) fillKeys(prefix string, keys int, value string) {
 	for i := range keys {
 		n.fill(fmt.Sprint(prefix, i), value, 1)
 	}
+}
+
+// limit sets -max-memory and -max-line, and returns the budget.
+func (n *fakeNet) limit(memory int64, line int) *budget {
+	n.server.maxLine = line
+	n.server.budget.limitTo(memory, 0)
+	return &n.server.budget
 }
 
 // inputs returns how many bytes all clients' inputs take, while all of them wait.

@@ -81,7 +81,7 @@ func ClientHearsTheServer(t *testing.T, talker Talker) {
 // -stop, where each answer lets one request go, the same holds.
 func ClientLosesItsServer(t *testing.T, talker Talker) {
 	for _, c := range []struct {
-		in      string // "": nothing is sent, and the input does not end
+		in      string // it ends, unless want is Gone
 		answers string
 		want    error
 		text    string
@@ -90,6 +90,7 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 		{"Put:a:b\nPut:a:c\n", ":OK 0\n:OK 1\n", talker.Unanswered, "", false},
 		{"Get:a\n", ":OK 0\na:b\na:c", talker.Unanswered, "", false},
 		{"", ":OK 0\n", talker.Gone, "", false},
+		{"Quit:a\n", ":OK 0\n:ERROR line 2: Quit needs nothing behind it\n", talker.Gone, "", false},
 		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", talker.Silent,
 			"", false}, // a TLS server's unexpected_message
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
@@ -100,6 +101,7 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 			"server is full (3 clients)", false},
 		{"Get:a\n", "HTTP/1.1 400 Bad Request\r\n", talker.Stranger,
 			`this is no kvserver: it says "HTTP/1.1 400 Bad Request\r\n"`, false},
+		{"Get:a\n", strings.Repeat("a", 1<<20), talker.Stranger, "this is no kvserver", false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), talker.Unasked, "", false},
 		{"Put:a:b\n", strings.Repeat(":OK 0\n", 5), talker.Unasked, "", true},
 	} {
@@ -120,12 +122,11 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 			}()
 
 			in, end := io.Pipe()
-			if c.in != "" {
-				go func() {
-					io.WriteString(end, c.in)
+			go func() {
+				if io.WriteString(end, c.in); c.want != talker.Gone {
 					end.Close()
-				}()
-			}
+				}
+			}()
 
 			good, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard),
 				Errs: io.Discard, Stop: c.stops})
