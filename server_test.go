@@ -316,21 +316,6 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 }
 
-// Ensure that a flag takes the least and the most that its text says, and nothing beyond.
-func TestFlagEdges(t *testing.T) {
-	for args, fits := range map[string]bool{
-		"-max-line 64": true, "-max-line 63": false, "-max-line 1GiB": true, "-max-line 1073741825": false,
-		"-max-memory 64MB": true, "-max-memory 63999999": false, "-max-memory 0": true,
-		"-max-clients 1": true, "-max-clients 0": false, "-write-timeout 0s": true,
-		"-addr 0": true, "-addr 65535": true, "-addr 65536": false,
-		"-data d -fsync 1ms": true, "-data d -fsync 999us": false,
-		"-data d -fsync 1h": true, "-data d -fsync 1h1ns": false,
-	} {
-		_, err := parseFlags(strings.Fields(args), io.Discard)
-		is.Equal(t, args+" fits", err == nil, fits)
-	}
-}
-
 // Ensure that a variable with a typing error in its name is noticed, and that variables of other
 // programs are not.
 func TestFlagsUnknownInTheEnvironment(t *testing.T) {
@@ -374,10 +359,11 @@ func TestManual(t *testing.T) {
 	if err := printManual(&all, nil); err != nil || strings.Contains(all.String(), "#") {
 		t.Errorf("without a word: %v, %s", err, &all)
 	}
-	for words, want := range map[string]string{"-FSYNC": "-fsync WHEN\n",
-		"take": "Take:key, Take:key:seconds\n"} {
+	for words, want := range map[string]string{"-FSYNC": "^-fsync WHEN\n",
+		"take": "^Take:key, Take:key:seconds\n", "timeout": "^-write-timeout TIME\n(.*\n)*-timeout TIME\n"} {
 		part.Reset()
-		if err := printManual(&part, []string{words}); err != nil || !strings.HasPrefix(part.String(), want) {
+		err := printManual(&part, []string{words})
+		if err != nil || !regexp.MustCompile(want).MatchString(part.String()) {
 			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)
 		}
 	}
@@ -636,10 +622,7 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 
 func TestFullDiskRefusesWrites(t *testing.T) { command.FullDiskRefusesWrites(t, binary) }
 
-func TestKilledServer(t *testing.T) {
-	t.Parallel()
-	protocol.KilledServer(t, binary)
-}
+func TestKilledServer(t *testing.T) { protocol.KilledServer(t, binary) }
 
 // ---- main.go: certificates, and server.go: TLS
 
@@ -915,31 +898,7 @@ func TestCommandBesideASilentServer(t *testing.T) {
 	command.ClientBesideASilentServer(t, inProcess, connectTime)
 }
 
-// Ensure that text in UTF-16, as PowerShell writes it, is reported as such, and is not run.
-func TestCommandRefusesUTF16(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		for _, in := range []string{"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00",
-			"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n", "P\x00i\x00n\x00g\x00\n\x00",
-			"\xff\xfe", "\xff\xfe\n\x00Put:a:b\n"} {
-			out, errs, good, err := converseWith(t, n, in)
-			if good || !errors.Is(err, errUTF16) || out+errs != "" {
-				t.Errorf("%q: %v, %v, %q", in, good, err, out+errs)
-			}
-		}
-
-		for _, in := range []string{"\r\x00\nPut:a:b\n", "\n", "a\n"} {
-			if _, _, _, err := converseWith(t, n, in); err != nil {
-				t.Errorf("%q: %v", in, err)
-			}
-		}
-
-		synctest.Wait()
-		if got := n.server.CountActive(); got != 0 {
-			t.Errorf("%d clients are left", got)
-		}
-	})
-}
-
+func TestCommandRefusesUTF16(t *testing.T)  { command.ClientRefusesUTF16(t, inProcess, serveEmpty) }
 func TestCommandOutput(t *testing.T)        { command.ClientOutput(t, binary, serveTCP) }
 func TestCommandOnATerminal(t *testing.T)   { command.ClientOnATerminal(t, inProcess, serveEmpty) }
 func TestCommandIsInterrupted(t *testing.T) { command.ClientIsInterrupted(t, binary, serveTCP) }
@@ -1498,19 +1457,23 @@ func TestMaxClients(t *testing.T) {
 
 		// Of those who are turned away at a time all are told, and so many may stay for a while.
 		world.Pass(time.Minute)
-		stay := 0
-		for range maxRejecting + 3 { // none of them closes
-			d := n.Dial(t)
-			defer d.Close()
+		told := n.DialMany(t, maxRejecting+3, func(_ int, d *protocol.Client) {
 			d.Want(":ERROR line 0: server is full (2 clients)")
 			d.WantClosed()
-			if _, err := d.Conn.Write([]byte("x")); err == nil {
-				stay++
-			}
-		}
-		is.Equal(t, "clients that stay", stay, maxRejecting)
+		})
 
+		staying := func() (number int) {
+			for _, d := range told { // none of them closes
+				if _, err := d.Conn.Write([]byte("x")); err == nil {
+					number++
+				}
+			}
+			return number
+		}
+		is.Equal(t, "clients too many that stay", staying(), maxRejecting)
 		is.Within(t, 0, drainTime, n.server.Close)
+		is.Equal(t, "clients too many that stay behind Close", staying(), 0)
+		closeClients(told)
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
 			strings.Count(n.log.Take(), "turning clients away"), 2)
 	})
@@ -1588,10 +1551,8 @@ func TestTurnsBesideStalls(t *testing.T) {
 	}
 }
 
-func TestTurnsOfLightClients(t *testing.T) { protocol.TurnsOfLightClients(t, serveOn) }
-func TestTurnsAfterALongRequest(t *testing.T) {
-	protocol.TurnsAfterALongRequest(t, serveOn, maxRound)
-}
+func TestTurnsOfLightClients(t *testing.T)    { protocol.TurnsOfLightClients(t, serveOn) }
+func TestTurnsAfterALongRequest(t *testing.T) { protocol.TurnsAfterALongRequest(t, serveOn, maxRound) }
 
 // chainOf returns a chain of a client that has had spent of workLoop's time, and nobody writes to
 // it.
@@ -2611,7 +2572,8 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 }
 
 // Ensure that buffers of long lines that have ended are given up if nobody uses them for a while,
-// though the clients that made them stay busy, or have half-closed behind a Take that waits.
+// though the clients that made them stay busy, or have half-closed behind a Take that waits; and
+// if others have taken their places.
 func TestMemoryLimitOfEndedLines(t *testing.T) {
 	for _, end := range []string{"", "Take:none:3600\nSet:k:" + strings.Repeat("v", 5*kilo)} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -2649,6 +2611,16 @@ func TestMemoryLimitOfEndedLines(t *testing.T) {
 			world.Pass(quietAfter)
 		})
 	}
+
+	synctest.Test(t, func(t *testing.T) {
+		b := &New(kvstore.NewMemory()).budget
+		b.ended = make(chan endedLine) // with no place at all
+		b.inputs.Store(kilo)
+		go func() { b.ended <- endedLine{counted: kilo, at: time.Now()} }()
+		synctest.Wait()
+		b.giveUpEnded(quietAfter)
+		is.Equal(t, "bytes of input that are counted", b.inputs.Load(), 0)
+	})
 }
 
 // Ensure that a line does not wait long for the buffer of one that has ended: if that is too small
@@ -3156,46 +3128,32 @@ func TestMemoryOfQuietClients(t *testing.T) {
 	})
 }
 
-// Ensure that an unfinished line takes no more memory the longer it waits.
 func TestMemoryOfAnUnfinishedLine(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		n.start(t)
-		before := protocol.HeapBytes()
-		clients := n.DialMany(t, 10, func(_ int, a *protocol.Client) {
-			a.Send("Put:k:" + strings.Repeat("v", quietSize-len("Put:k:"))) // fills a whole Read
-		})
-
-		world.Pass(lineTime / 2)
-		is.Between(t, "bytes of a client with a part of a line",
-			(protocol.HeapBytes()-before)/len(clients), math.MinInt, burstSize/4)
-
-		for _, a := range clients {
-			a.Send("\n")
-			a.HangUp()
-		}
-	})
+	protocol.MemoryOfAnUnfinishedLine(t, serveEmpty, quietSize, burstSize/4, lineTime/2)
 }
 
-func TestMemoryOfABusyClient(t *testing.T) {
-	protocol.MemoryOfABusyClient(t, serveEmpty, maxChain)
-}
+func TestMemoryOfABusyClient(t *testing.T) { protocol.MemoryOfABusyClient(t, serveEmpty, maxChain) }
 
 // Ensure that a client has no more memory for bursts than the bytes that it has sent in the last
-// second or two, and none for requests.
+// second or two, and none for requests. Long lines get larger buffers, but not the largest.
 func TestMemoryOfATrickle(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		a.Ask(strings.Repeat("Put:k:"+strings.Repeat("v", kilo)+"\n", 200)+"Ping", ":PONG")
-		synctest.Wait()
-		is.Between(t, "bytes that a burst is read into", n.inputs(), burstSize, math.MaxInt64)
+	for size, buffer := range map[int]int64{kilo: burstSize, 70 * kilo: 4 * burstSize} {
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			n.server.maxLine = 1 << 20
+			a := n.Dial(t)
+			a.Conn.(*world.Conn).SetWriteBuffer(8 << 20) // so that there is always a whole Read
+			a.Ask(strings.Repeat("Put:k:"+strings.Repeat("v", size)+"\n", 100)+"Ping", ":PONG")
+			synctest.Wait()
+			is.Between(t, "bytes that a burst is read into", n.inputs(), buffer, 2*buffer+int64(maxChain*querySize))
 
-		for range 8 {
-			a.Send("P") // a line that does not end
-			world.Pass(quietAfter / 2)
-		}
-		is.Between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
-		a.Close()
-	})
+			for range 8 {
+				a.Send("P") // a line that does not end
+				world.Pass(quietAfter / 2)
+			}
+			is.Between(t, "bytes for a client that sends a byte now and then", n.inputs(), 0, 2*quietSize)
+			a.Close()
+		})
+	}
 }
 
 func TestMemoryOfAnEndlessLine(t *testing.T) { protocol.MemoryOfAnEndlessLine(t, serveEmpty) }
@@ -3257,6 +3215,11 @@ func TestListenOnLocalhost(t *testing.T) {
 		listeners, err := listen("localhost:" + port)
 		is.Equal(t, "localhost, with the port taken at "+host+", is refused", isAny(err, inUse...), true)
 		closeAll(append(listeners, taken))
+
+		// Nothing of the refused attempt is left.
+		listeners, err = listen("localhost:" + port)
+		is.OK(t, err)
+		closeAll(listeners)
 	}
 }
 
@@ -3356,17 +3319,6 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 
 			is.In(t, "/metrics beside Stats", body, want)
 		}
-
-		kinds := map[string]string{}
-		for _, m := range regexp.MustCompile(`# TYPE (\S+) (\S+)`).FindAllStringSubmatch(body, -1) {
-			if kinds[m[1]] != "" {
-				t.Errorf("%s is there twice", m[1])
-			}
-			kinds[m[1]] = m[2]
-			if m[2] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[2] == "counter") {
-				t.Errorf("%s is a %s", m[1], m[2])
-			}
-		}
 	})
 }
 
@@ -3426,6 +3378,18 @@ func checkMetrics(t *testing.T, body string) {
 		}
 	}
 
+	// Before the values of a metric stand two lines about it, once.
+	seen := map[string]bool{}
+	about := regexp.MustCompile(`(?m)^# HELP (\S+) .*\n# TYPE (\S+) (.*)\n(\w+)`)
+	for _, m := range about.FindAllStringSubmatch(body, -1) {
+		if m[1] != m[2] || !strings.HasPrefix(m[4], m[1]) || seen[m[1]] ||
+			m[3] != "histogram" && strings.HasSuffix(m[1], "_total") != (m[3] == "counter") {
+			t.Errorf("/metrics: %q is wrong, or there twice", m[0])
+		}
+		seen[m[1]] = true
+	}
+	is.Equal(t, "metrics with their two lines", len(seen), strings.Count(body, "# TYPE "))
+
 	if promtool := command.Tool(t, "promtool"); promtool != "" {
 		cmd := exec.Command(promtool, "check", "metrics")
 		cmd.Stdin = strings.NewReader(body)
@@ -3465,6 +3429,7 @@ func TestWatchBeforeTheData(t *testing.T) {
 
 	wantPage(t, handler, "/healthz", 503, "opening the data\n")
 	wantPage(t, handler, "/livez", 200, "alive\n")
+	wantPage(t, handler, "/live", 404)
 	if text := wantPage(t, handler, "/metrics", 200, "\nkvserver_active 0\n"); strings.Contains(text, "_keys") {
 		t.Errorf("before the data is open /metrics answers %q", text)
 	}
@@ -3835,11 +3800,11 @@ func TestDumpRestores(t *testing.T) {
 	})
 }
 
-// Ensure that sorting many keys lets other clients have the core at times.
+// Ensure that sorting many keys lets other clients have a machine's only core at times.
 func TestDumpSortTakesTurns(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
-		s.cores.slots = make(chan struct{}, 1)
 		c := newClient(1, new(world.Conn), s)
 		keys := make([]string, 3*sortSlice)
 		for i := range keys {
@@ -3923,25 +3888,28 @@ func TestOutboxNeverWaits(t *testing.T) {
 }
 
 // Ensure that the messages of a long reply are small while all queues are at their limit, because
-// each client that reads nothing keeps two of them.
+// each client that reads nothing keeps two of them; but not if only the reply itself is too much.
 func TestOutboxMessagesAreSmallAtTheLimit(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := New(kvstore.NewMemory())
-		s.budget.maxQueues = 1
-		s.budget.queued.Store(1)
-		c, done := unwritten(s), make(chan struct{})
-		go func() {
-			values := slices.Repeat([]string{strings.Repeat("v", kilo)}, 100)
-			c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
-			close(done)
-		}()
+	const limit = 180 * kilo
+	for _, n := range []struct{ queued, least, most int }{{limit, 1, chunkSize}, {0, chunkSize + 1, largeSize}} {
+		synctest.Test(t, func(t *testing.T) {
+			s := New(kvstore.NewMemory())
+			s.budget.maxQueues = limit
+			s.budget.queued.Store(int64(n.queued))
+			c, done := unwritten(s), make(chan struct{})
+			go func() {
+				values := slices.Repeat([]string{strings.Repeat("v", kilo)}, 200)
+				c.outbox.replyAll(&Query{queryType: get, key: "k", values: values, bytes: kvstore.SizeOf(values)})
+				close(done)
+			}()
 
-		for synctest.Wait(); len(c.buffer) > 0; synctest.Wait() {
-			is.Between(t, "bytes of a message", cap(<-c.buffer), 1, chunkSize)
-			c.tellRoom()
-		}
-		<-done
-	})
+			for synctest.Wait(); len(c.buffer) > 0; synctest.Wait() {
+				is.Between(t, "bytes of a message", cap(<-c.buffer), n.least, n.most)
+				c.tellRoom()
+			}
+			<-done
+		})
+	}
 }
 
 // Ensure that what a Write takes along counts with the memory that it is put into, and gets a large
@@ -4303,24 +4271,15 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	}
 }
 
-func TestSlowReaderOfProject0(t *testing.T) {
-	t.Parallel()
-	protocol.SlowReaderOfProject0(t, serveEmpty)
-}
+func TestSlowReaderOfProject0(t *testing.T) { protocol.SlowReaderOfProject0(t, serveEmpty) }
 
 func TestSlowReaderIsToldAtTheEnd(t *testing.T)  { protocol.SlowReaderIsToldAtTheEnd(t, serveEmpty) }
 func TestSlowReaderIsCountedAtOnce(t *testing.T) { protocol.SlowReaderIsCountedAtOnce(t, serveEmpty) }
 func TestSlowReaderWithAck(t *testing.T)         { protocol.SlowReaderWithAck(t, serveEmpty) }
 
-func TestSteadyReaderOnRealSocket(t *testing.T) {
-	t.Parallel()
-	protocol.SteadyReaderOnRealSocket(t, serveTCP(t))
-}
+func TestSteadyReaderOnRealSocket(t *testing.T) { protocol.SteadyReaderOnRealSocket(t, serveTCP(t)) }
 
-func TestSteadyReaderOfAPausedServer(t *testing.T) {
-	t.Parallel()
-	protocol.SteadyReaderOfAPausedServer(t, binary)
-}
+func TestSteadyReaderOfAPausedServer(t *testing.T) { protocol.SteadyReaderOfAPausedServer(t, binary) }
 
 // ---- client.go: the ends of a connection
 
@@ -4415,6 +4374,22 @@ func TestWriteTimeout(t *testing.T) {
 			b.Close()
 		})
 	}
+
+	// A Write that went on after a pause has its time anew, and is ended as exactly as any.
+	synctest.Test(t, func(t *testing.T) {
+		conn, reader, told := paced()
+		conn.server.writeTimeout = slowAfter * 3 / 2
+		ended := make(chan error)
+		go func() {
+			_, err := conn.Write(make([]byte, 4*world.StreamSize))
+			ended <- err
+		}()
+		is.Equal(t, "it takes bytes", <-told, false)
+
+		io.CopyN(io.Discard, reader, world.StreamSize/2)
+		is.Equal(t, "it takes bytes again", <-told, true)
+		is.Within(t, slowAfter*3/2, slowAfter*3/2, func() { <-ended })
+	})
 }
 
 // ---- query.go: the protocol
@@ -4789,7 +4764,7 @@ var inProcess = command.Talker{
 		return good, t.answered, err
 	},
 	Gone: errGone, NoPlace: errNoPlace, Output: errOutput, Quiet: errQuiet, Silent: errSilent,
-	Stopped: errStopped, Stranger: errStranger, Unanswered: errUnanswered, Unasked: errUnasked,
+	Stopped: errStopped, Stranger: errStranger, Unanswered: errUnanswered, Unasked: errUnasked, UTF16: errUTF16,
 }
 
 // converseWith runs kvserver -c against the server.

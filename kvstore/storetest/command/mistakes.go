@@ -22,7 +22,8 @@ type mistake struct{ args, what, todo string }
 
 // FlagMistakes ensures that each mistake and failure at the start is reported in two lines, what
 // happened and what to do, with the right exit code. said returns what is said about a command line
-// that is wrong, without a process; explain, what is said about a wrong value of a flag.
+// that is wrong, without a process; explain, what is said about a wrong value of a flag. Nothing is
+// said about the least and the most that a flag takes.
 func FlagMistakes(t *testing.T, program protocol.Program, said func(args []string) string,
 	explain func(flag string) string) {
 
@@ -61,6 +62,10 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 				}
 			})
 		}
+	}
+
+	for _, args := range edges {
+		is.Equal(t, "what is said about "+args, said(strings.Split(args, " ")), "")
 	}
 
 	for _, arg := range []string{"-h", "-help", "-version"} {
@@ -173,8 +178,13 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 	"-max-line 1", "-max-memory -5", "-max-queues 5PB", "-write-timeout 5", "-data ",
 	"-data http://localhost:2379/kv", "-addr 1,x", "-http unix:/tmp/x", "-addr unix:", "-addr unix:@x",
 	"-max-clients 0", "-max-clients 1e3",
-	"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 70000",
-	"-addr localhost"}
+	"-write-timeout -5s", "-http ", "-tls-ca ", "-http 1,2", "-addr a:b", "-addr ::1", "-addr 65536",
+	"-addr localhost", "-max-line 63", "-max-line 1073741825", "-max-memory 63999999", "-fsync 999us",
+	"-fsync 1h1ns"}
+
+// edges are the least and the most that flags take.
+var edges = []string{"-max-line 64", "-max-line 1GiB", "-max-memory 0", "-max-memory 64MB", "-max-clients 1",
+	"-max-queues 0", "-write-timeout 0s", "-addr 0", "-addr 65535", "-data d -fsync 1ms", "-data d -fsync 1h"}
 
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {

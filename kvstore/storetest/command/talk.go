@@ -25,7 +25,7 @@ type Talker struct {
 	Talk func(Talk) (good bool, through int, err error)
 
 	// What a conversation may end with.
-	Gone, NoPlace, Output, Quiet, Silent, Stopped, Stranger, Unanswered, Unasked error
+	Gone, NoPlace, Output, Quiet, Silent, Stopped, Stranger, Unanswered, Unasked, UTF16 error
 }
 
 // Talk is what a conversation is given: a connection, the outputs, and the command line.
@@ -209,6 +209,35 @@ func relay(a *protocol.Client, conn *world.Conn, answers int) {
 	}
 	conn.Close()
 	a.Close()
+}
+
+// ClientRefusesUTF16 ensures that text in UTF-16, as PowerShell writes it, is reported as such, and
+// is not run.
+func ClientRefusesUTF16(t *testing.T, talker Talker, start protocol.Start) {
+	for in, want := range map[string]error{
+		"\xff\xfeP\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n\x00": talker.UTF16,
+		"\xfe\xff\x00P\x00u\x00t\x00:\x00a\x00:\x00b\x00\r\x00\n": talker.UTF16,
+		"P\x00i\x00n\x00g\x00\n\x00":                              talker.UTF16,
+		"\x00P\x00i\x00n\x00g\x00\n":                              talker.UTF16,
+		"\xff\xfe":                                                talker.UTF16,
+		"\xff\xfe\n\x00Put:a:b\n":                                 talker.UTF16,
+
+		"\r\x00\nPut:a:b\n": nil, "\n": nil, "a\n": nil,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := start(t)
+			var said bytes.Buffer
+			good, _, err := talker.Talk(Talk{Conn: n.Dial(t).Conn, In: strings.NewReader(in),
+				Out: Closing(&said), Errs: &said})
+			if !errors.Is(err, want) || want != nil && (good || said.Len() > 0) {
+				t.Errorf("%q: %v, %v, want %v, and it says %q", in, good, err, want, &said)
+			}
+
+			synctest.Wait()
+			n.Dial(t).WantStat("clients", 1)
+			n.HangUp()
+		})
+	}
 }
 
 // ClientSendsLongLines ensures that -c sends a line before all of it has come, so that it keeps

@@ -253,6 +253,7 @@ func refused() []Conversation {
 			{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
 			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
+			{"upadxe a b c", ""}, {"getxy a", ""}, {"pxx a b", ""}, {"dlet a", ""}, // two slips
 			{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
 
 		{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",

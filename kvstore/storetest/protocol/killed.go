@@ -23,6 +23,7 @@ import (
 // kill -9 and after a clean stop, again and again in one directory. `make soak` does this for
 // longer than five starts.
 func KilledServer(t *testing.T, program Program) {
+	t.Parallel()
 	starts, length := 5, time.Hour
 	if text := os.Getenv("KVSERVER_SOAK"); text != "" {
 		var err error

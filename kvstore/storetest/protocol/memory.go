@@ -137,6 +137,27 @@ func MemoryOfAnEndlessLine(t *testing.T, start Start) {
 	})
 }
 
+// MemoryOfAnUnfinishedLine ensures that a line that fills a Read of size bytes, and does not end,
+// takes no more than most bytes, however long it waits.
+func MemoryOfAnUnfinishedLine(t *testing.T, start Start, size, most int, wait time.Duration) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		n.run(t, "Delete:none\n") // which starts the server
+		before := HeapBytes()
+		clients := n.DialMany(t, 10, func(_ int, a *Client) {
+			a.Send("Put:k:" + strings.Repeat("v", size-len("Put:k:")))
+		})
+
+		world.Pass(wait)
+		is.Between(t, "bytes of a client with a part of a line",
+			(HeapBytes()-before)/len(clients), math.MinInt, most)
+
+		for _, a := range clients {
+			a.Send("\n")
+			a.HangUp()
+		}
+	})
+}
+
 // MemoryOfABusyClient ensures that a client that goes on keeps one burst alive, and not every
 // earlier one. A chain has maxChain requests at most.
 func MemoryOfABusyClient(t *testing.T, start Start, maxChain int) {

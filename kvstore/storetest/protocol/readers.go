@@ -75,6 +75,7 @@ func SlowReaderRecovers(t *testing.T, start Start) {
 // keeps for them, and the others everything, as Project 0's own tests require: six clients on
 // one goroutine, four of them slow, Gets of lists of large values.
 func SlowReaderOfProject0(t *testing.T, start Start) {
+	t.Parallel()
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		const clients, slow, gets, values = 6, 4, 1900, 3
 		value := strings.Repeat("v", 4096)
@@ -218,6 +219,7 @@ func SlowReaderWithAck(t *testing.T, start Start) {
 // SteadyReaderOnRealSocket ensures that a steady reader on a real socket, where receive windows
 // open late and in lumps, loses nothing while it pipelines, in whatever pieces it reads.
 func SteadyReaderOnRealSocket(t *testing.T, addr string) {
+	t.Parallel()
 	const size, gets = kilo, 12 * kilo
 	fill := DialTCP(t, addr)
 	reply := "k:" + strings.Repeat("v", size-len("k:\n"))
@@ -261,6 +263,7 @@ func SteadyReaderOnRealSocket(t *testing.T, addr string) {
 // SteadyReaderOfAPausedServer ensures that a pause of the whole server is not taken for a pause
 // of its clients.
 func SteadyReaderOfAPausedServer(t *testing.T, program Program) {
+	t.Parallel()
 	cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0")
 	go io.Copy(io.Discard, log)
 	a := DialTCP(t, addr)
