@@ -586,10 +586,10 @@ func TestSignalsOnATerminal(t *testing.T)  { command.SignalsOnATerminal(t, binar
 // Ensure that a stop takes the time that it needs where all data has to be written again first.
 func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, goOn, ended := storetest.New(), make(chan struct{}), make(chan struct{})
-		var hardlyCame atomic.Bool
+		dir, goOn, ended := storetest.New(), make(chan struct{}), make(chan error)
+		var isRemoved atomic.Bool
 		dir.Before = func(call storetest.Call) error {
-			if call.What == "create" && hardlyCame.Load() {
+			if call.What == "create" && isRemoved.Load() {
 				<-goOn
 			}
 			return nil
@@ -601,23 +601,20 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 
 		// All data has to be written again, and that stands still until goOn.
 		is.OK(t, dir.Remove("seg-1.log"))
-		hardlyCame.Store(true)
+		isRemoved.Store(true)
 		world.Pass(2 * time.Second) // until the store looks at its files
-		go db.Commit()
 
 		var text command.Screen
 		log := newLog(&text, false, false)
-		go giveUp(log, db, ended) // which would end this process
+		go func() { ended <- stop(config{}, log, New(nil), db, nil) }() // it may end this process
 
 		world.Pass(2 * stopTime)
-		close(ended)
 		close(goOn)
-		world.Pass(lookTime)
+		is.OK(t, <-ended)
 
 		log.flush()
 		close(log.lines)
 		is.In(t, "the log", text.Take(), "waits until all data is written again")
-		is.OK(t, db.Close())
 	})
 }
 
@@ -632,21 +629,18 @@ func TestTLS(t *testing.T) { command.TLS(t, binary) }
 // even if it has not begun because others are under way.
 func TestTLSHandshakeIsLimited(t *testing.T) {
 	withTLS := serverConfig(t)
-	for _, c := range []struct {
-		closing, othersFirst bool
-		takes                time.Duration
-	}{{false, false, handshakeTime}, {true, false, 0}, {true, true, 0}} {
+	for state, takes := range map[string]time.Duration{"serves": handshakeTime, "closes": 0, "full, closes": 0} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
 			n.server.tls = withTLS
 			n.start(t)
-			for c.othersFirst && len(n.server.shaking.slots) < cap(n.server.shaking.slots) {
+			for state == "full, closes" && len(n.server.shaking.slots) < cap(n.server.shaking.slots) {
 				n.server.shaking.slots <- struct{}{}
 			}
 			a := n.Dial(t)
 			synctest.Wait()
 
-			is.Within(t, c.takes, c.takes, func() {
-				if c.closing {
+			is.Within(t, takes, takes, func() {
+				if state != "serves" {
 					n.server.Close()
 				}
 				a.WantClosed()
@@ -887,12 +881,13 @@ func TestCommandShowsResults(t *testing.T) {
 	})
 }
 
-func TestCommandHearsTheServer(t *testing.T) { command.ClientHearsTheServer(t, inProcess) }
-func TestCommandLosesItsServer(t *testing.T) { command.ClientLosesItsServer(t, inProcess) }
-func TestCommandResumes(t *testing.T)        { command.ClientResumes(t, inProcess, serveEmpty) }
-func TestCommandSendsLongLines(t *testing.T) { command.ClientSendsLongLines(t, inProcess, maxWrite) }
-func TestCommandTimeout(t *testing.T)        { command.ClientTimeout(t, inProcess) }
-func TestCommandLeavesTheLine(t *testing.T)  { command.ClientLeavesTheLine(t, binary, serveTCP) }
+func TestCommandHearsTheServer(t *testing.T)  { command.ClientHearsTheServer(t, inProcess) }
+func TestCommandLosesItsServer(t *testing.T)  { command.ClientLosesItsServer(t, inProcess) }
+func TestCommandLeavesAStranger(t *testing.T) { command.ClientLeavesAStranger(t, inProcess) }
+func TestCommandResumes(t *testing.T)         { command.ClientResumes(t, inProcess, serveEmpty) }
+func TestCommandSendsLongLines(t *testing.T)  { command.ClientSendsLongLines(t, inProcess, maxWrite) }
+func TestCommandTimeout(t *testing.T)         { command.ClientTimeout(t, inProcess) }
+func TestCommandLeavesTheLine(t *testing.T)   { command.ClientLeavesTheLine(t, binary, serveTCP) }
 
 func TestCommandBesideASilentServer(t *testing.T) {
 	command.ClientBesideASilentServer(t, inProcess, connectTime)
@@ -4259,7 +4254,7 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			conn, reader, told := paced()
-			hardlyCameBefore := func() bool { // nothing may have been reported at all
+			toldSlow := func() bool { // nothing may have been reported at all
 				select {
 				case taken := <-told:
 					return !taken
@@ -4275,11 +4270,11 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 			}
 
 			world.Pass(1700 * time.Millisecond)
-			slow := hardlyCameBefore()
+			slow := toldSlow()
 			is.Equal(t, fmt.Sprint("reads: ", reads, ", slow in a pause of 1.7 s"), slow, !reads)
 
 			world.Pass(3 * slowAfter)
-			is.Equal(t, "slow in the end", hardlyCameBefore() || slow, true)
+			is.Equal(t, "slow in the end", toldSlow() || slow, true)
 
 			conn.Close()
 			synctest.Wait()
@@ -4774,6 +4769,11 @@ var inProcess = command.Talker{
 		t.conn, t.in, t.out, t.isTyped = c.Conn, c.In, c.Out, c.IsTyped
 		good, err = talk(t)
 		return good, t.answered, err
+	},
+	Dial: func(addr string) (net.Conn, error) {
+		t := newTalker(config{addr: addr}, io.Discard)
+		err := t.dial()
+		return t.conn, err
 	},
 	Gone: errGone, NoPlace: errNoPlace, Output: errOutput, Quiet: errQuiet, Silent: errSilent,
 	Stopped: errStopped, Stranger: errStranger, Unanswered: errUnanswered, Unasked: errUnasked, UTF16: errUTF16,

@@ -24,6 +24,9 @@ type Talker struct {
 	// to say.
 	Talk func(Talk) (good bool, through int, err error)
 
+	// Dial connects to addr. With an error it returns the connection that it has closed.
+	Dial func(addr string) (net.Conn, error)
+
 	// What a conversation may end with.
 	Gone, NoPlace, Output, Quiet, Silent, Stopped, Stranger, Unanswered, Unasked, UTF16 error
 }
@@ -140,6 +143,25 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 			world.Pass(2)
 		})
 	}
+}
+
+// ClientLeavesAStranger ensures that -c closes its connection to a program other than kvserver.
+func ClientLeavesAStranger(t *testing.T, talker Talker) {
+	stranger, err := net.Listen("tcp", "127.0.0.1:0")
+	is.OK(t, err)
+	defer stranger.Close()
+	go func() {
+		if conn, err := stranger.Accept(); err == nil {
+			io.WriteString(conn, "220 ready\r\n")
+			io.Copy(io.Discard, conn)
+			conn.Close()
+		}
+	}()
+
+	conn, err := talker.Dial(stranger.Addr().String())
+	is.Equal(t, "it is a stranger", errors.Is(err, talker.Stranger), true)
+	_, err = conn.Write(nil)
+	is.Equal(t, "the connection is closed", errors.Is(err, net.ErrClosed), true)
 }
 
 // ClientResumes ensures that -c says up to which line of its input all requests were answered,
