@@ -43,8 +43,8 @@ func ClientLeavesTheLine(t *testing.T, program protocol.Program, serve Serve) {
 	watch.HangUp()
 }
 
-// ClientOutput ensures that -out writes the answers into a file, byte for byte, and reports a file
-// that it cannot write.
+// ClientOutput ensures that -out writes the answers into a file, byte for byte, leaves a file as it is
+// if no server answers, and reports one that it cannot write.
 func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	t.Parallel()
 	addr := serve(t)
@@ -54,6 +54,7 @@ func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 
 	file := filepath.Join(t.TempDir(), "dump")
 	out, err := program("-addr", addr, "-c", "-out", file, "Dump").CombinedOutput()
+	program.Prints(t, "", "cannot connect", false, "-addr", "1", "-c", "-out", file, "Dump") // it stays
 	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
 		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
 	}
