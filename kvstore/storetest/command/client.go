@@ -43,8 +43,8 @@ func ClientLeavesTheLine(t *testing.T, program protocol.Program, serve Serve) {
 	watch.HangUp()
 }
 
-// ClientOutput ensures that -out writes the answers into a file, byte for byte, leaves a file as it is
-// if no server answers, and reports one that it cannot write.
+// ClientOutput ensures that -out writes the answers into a file, byte for byte, leaves it as it is
+// if no server answers, and reports a file that it cannot write.
 func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	t.Parallel()
 	addr := serve(t)
