@@ -1695,7 +1695,6 @@ func TestCommitWithoutRoom(t *testing.T) {
 	protocol.CommitWithoutRoom(t, func(t *testing.T, db kvstore.Store) *protocol.Net {
 		n := newFakeNet()
 		n.server.db, n.server.status = db, &storage.Status{}
-		n.start(t)
 		t.Cleanup(n.server.Close)
 		return n.Net
 	})
@@ -4568,11 +4567,7 @@ func inBubble(t *testing.T, test func(t *testing.T, n *fakeNet)) {
 }
 
 // serveEmpty starts an empty server for a test of package protocol.
-func serveEmpty(t *testing.T) *protocol.Net {
-	n := newFakeNet()
-	t.Cleanup(n.server.Close)
-	return n.Net
-}
+func serveEmpty(t *testing.T) *protocol.Net { return serveOn(t, kvstore.NewMemory()) }
 
 // serveOn starts a server on a store for a test of package protocol.
 func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {

@@ -124,7 +124,8 @@ func (p *process) draw() etcdFault {
 	if p.draws.IntN(100) > 0 || p.isCalm.Load() {
 		return ""
 	}
-	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, slowAnswer, fills}[p.draws.IntN(7)]
+	return []etcdFault{lostRequest, lostAnswer, doneTwice, noLeader, tooLate, slowAnswer,
+		fills}[p.draws.IntN(7)]
 }
 
 // opened judges how a start has ended, and reports whether the server serves.
