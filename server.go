@@ -195,14 +195,12 @@ type keyValueServer struct {
 	// Owned by workLoop.
 	clients          []*Client
 	db               kvstore.Store
-	touched          []string        // a chain's keys, for Touch
-	batch            []*Query        // chains that have run, ended Takes, countAlls: before Commit
-	held             []*Query        // chains that wait for a Commit that finds room
-	unsaved          map[string]bool // the keys that they have changed
-	gathering        gathering       // for which clients the batch waits before its Commit
-	turns            turnQueue       // clients that wait for their turn
-	floor            time.Duration   // highest spent of a client whose turn came: what the others had
-	takes            takeQueues      // Takes that wait for a value
+	touched          []string      // a chain's keys, for Touch
+	batch            []*Query      // chains that have run, ended Takes, countAlls: before Commit
+	gathering        gathering     // for which clients the batch waits before its Commit
+	turns            turnQueue     // clients that wait for their turn
+	floor            time.Duration // highest spent of a client whose turn came: what the others had
+	takes            takeQueues    // Takes that wait for a value
 	round            round
 	rejecting        int              // rejected connections that still have a writeToClient
 	refusedClients   seldom           // connections over maxClients
@@ -212,6 +210,8 @@ type keyValueServer struct {
 	overdue          overdue          // whether expired keys have yet to be deleted
 	expired          int              // keys that were deleted because they had expired
 	commitFailed     bool             // nothing runs any more
+	held             []*Query         // chains that wait for a Commit that finds room
+	unsaved          map[string]bool  // the keys that they have changed
 	closing          bool             // stopReading was called
 	closeTick        <-chan time.Time // for hurry; nil: not set
 	closeTicks       int              // since Close
