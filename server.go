@@ -211,7 +211,7 @@ type keyValueServer struct {
 	expired          int              // keys that were deleted because they had expired
 	commitFailed     bool             // nothing runs any more
 	held             []*Query         // chains that wait for a Commit that finds room
-	unsaved          map[string]bool  // the keys that they have changed
+	unsaved          map[string]bool  // keys that they, or chains in turns, have changed
 	closing          bool             // stopReading was called
 	closeTick        <-chan time.Time // for hurry; nil: not set
 	closeTicks       int              // since Close
@@ -650,7 +650,7 @@ func (s *keyValueServer) checkFiles() {
 		return
 	}
 	s.commitStore()
-	if len(s.batch) > 0 { // they were held, and there is room now
+	if len(s.batch) > 0 { // they were held; now there is room, or the Commit has failed
 		s.commit()
 	}
 }
@@ -781,7 +781,7 @@ func (s *keyValueServer) dispatch(q *Query) {
 		s.countActive <- s.departed
 
 	// /healthz uses countAll, too, to learn whether the server is well. So it is answered after
-	// a Commit: while the disk hangs there must be no answer.
+	// a Commit: while the disk hangs there must be no answer. (A full one gives an answer.)
 	case countAll:
 		s.batch = append(s.batch, q)
 
@@ -1159,7 +1159,7 @@ func (s *keyValueServer) endTake(q *Query) {
 
 	// Otherwise it waits for its turn, or its answer and q have crossed.
 	switch place := slices.Index(s.turns, c); {
-	case place < 0: // it is in batch, or was answered
+	case place < 0: // it is in batch or held, or was answered
 	case q.queryType == dropTake:
 		heap.Remove(&s.turns, place)
 		s.batch = append(s.batch, c.share.chain)
@@ -1687,8 +1687,9 @@ func (p *gcPacer) choose() {
 
 // ---- the end of a batch
 
-// commit makes what the batch did durable, then answers. If that fails no client may learn what the
-// chains did, and every connection ends.
+// commit makes what the batch did durable, then answers. If there is no room for that now, some
+// chains wait (hold). If it fails otherwise no client may learn what the chains did, and every
+// connection ends.
 func (s *keyValueServer) commit() {
 	// Reads are committed, too: they may have seen a write that is not durable yet.
 	if len(s.batch) > 0 {
@@ -1717,7 +1718,7 @@ func (s *keyValueServer) commit() {
 }
 
 // commitStore commits what the batch did, and measures how long that takes. If it fails, nothing
-// runs any more.
+// runs any more, unless there only is no room now (hold).
 func (s *keyValueServer) commitStore() {
 	if s.commitFailed {
 		return
@@ -1726,7 +1727,7 @@ func (s *keyValueServer) commitStore() {
 	began := s.round.now()
 	err := s.db.Commit()
 
-	// Without a batch it was checkFiles' Commit, perhaps with expired keys' Deletes.
+	// Without a batch it was checkFiles' Commit, perhaps with expired keys' Deletes or what is held.
 	if took := s.round.now() - began; len(s.batch) > 0 {
 		s.gathering.committed(took)
 		if s.status != nil {
@@ -1735,12 +1736,12 @@ func (s *keyValueServer) commitStore() {
 		}
 	}
 
-	// There is no room now: some wait for the next Commit, and the others are answered.
+	// There is no room now: some chains wait for a later Commit, and the others are answered.
 	if errors.Is(err, storage.ErrNoRoom) {
 		s.hold()
 		return
 	}
-	if len(s.held) > 0 {
+	if s.unsaved != nil {
 		s.batch = append(s.held, s.batch...)
 		s.held, s.unsaved = nil, nil
 	}
@@ -1756,7 +1757,8 @@ func (s *keyValueServer) commitStore() {
 }
 
 // hold takes those chains out of the batch that have changed what is not durable, or may tell of
-// it: they wait until a Commit finds room. So reads go on while the store is full.
+// it: they wait until a Commit finds room. So reads go on while the store is full. (Stats may count
+// what is not durable.)
 func (s *keyValueServer) hold() {
 	if s.unsaved == nil {
 		s.unsaved = map[string]bool{}
@@ -1779,7 +1781,7 @@ func (s *keyValueServer) hold() {
 
 	answered := s.batch[:0]
 	for _, chain := range s.batch {
-		if !s.isUnsaved(chain) {
+		if !s.mayTell(chain) {
 			answered = append(answered, chain)
 			continue
 		}
@@ -1792,9 +1794,10 @@ func (s *keyValueServer) hold() {
 	s.batch = answered
 }
 
-// isUnsaved reports whether a request of chain is about a key in unsaved, or about all keys. An
-// Expire without seconds has no key any more, so it may be about any.
-func (s *keyValueServer) isUnsaved(chain *Query) bool {
+// mayTell reports whether chain may tell of what is not durable: a request of it is about a key in
+// unsaved, or about all keys. An Expire without seconds has no key any more, so it may be about
+// any.
+func (s *keyValueServer) mayTell(chain *Query) bool {
 	for q := chain; q != nil; q = q.next {
 		v := q.row()
 		if v.lists || v.effect != noKey && (q.key == "" || s.unsaved[q.key]) {

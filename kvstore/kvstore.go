@@ -46,10 +46,11 @@ type KVStore interface {
 	Remove(key, value string) (removed bool)
 
 	// Commit returns once all earlier calls are as durable as this store makes
-	// them. After an error nothing can be promised any more: the caller sends no
-	// reply for the calls since the last Commit, and stops. But after an ErrNoRoom of
-	// package storage it may go on, and call Commit again. Until that succeeds it sends no
-	// reply that tells of a change since the last Commit that did.
+	// them. After an ErrNoRoom of package storage the caller may go on, and call
+	// Commit again. Until a Commit succeeds it sends no reply that tells of a
+	// change since the last one that succeeded. After any other error nothing can
+	// be promised any more: the caller sends no reply for the calls since the last
+	// Commit, and stops.
 	Commit() error
 }
 

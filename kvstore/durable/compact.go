@@ -59,8 +59,8 @@ func (d *Store) isWasteful() bool {
 }
 
 // mayCompact reports whether a compaction may begin, if none runs: none has failed a short time
-// ago, the store does not close, and its directory knows of no lack of room. Room must also be left
-// for Deletes: what a compaction frees may be known to the directory only later.
+// ago, the store does not close, and its directory knows of no lack of room. A compaction leaves
+// room for Deletes, too, because the directory may learn only later what was freed.
 func (d *Store) mayCompact() bool {
 	select {
 	case <-d.stop:

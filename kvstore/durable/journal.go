@@ -122,7 +122,9 @@ func (j *journal) syncRest() error {
 
 	began := time.Now()
 	err = w.trySync()
-	j.status.Fsyncs.Observe(time.Since(began).Seconds())
+	if !errors.Is(err, storage.ErrNoRoom) {
+		j.status.Fsyncs.Observe(time.Since(began).Seconds())
+	}
 
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -226,7 +228,8 @@ func (j *journal) nextSegment(h fileHeader) (*logWriter, error) {
 
 // awaitTimer waits for the timer's fsync if that takes longer than Options.Fsync. Otherwise Commits
 // would go on returning while the disk stalls. It returns the error that has ended all writing, if
-// there is one. After a storage.ErrNoRoom it tries again, because the timer may not run.
+// there is one. If the last fsync found no room it tries again, because the timer may not run, and
+// returns a storage.ErrNoRoom if there still is none.
 func (j *journal) awaitTimer(now time.Time) error {
 	j.mu.Lock()
 	since := j.since

@@ -239,7 +239,7 @@ func (d *Store) rotateEarly() bool {
 	// The old file gets everything that memory has, so that a snapshot may replace it.
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
-		d.wroteEarly = true
+		d.owesSync = true
 	}
 
 	isNew, err := d.rotate()

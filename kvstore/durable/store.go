@@ -130,9 +130,9 @@ type Store struct {
 	lock storage.Lock
 
 	// Records for the next frame.
-	pending    []byte
-	count      uint32 // of these records
-	wroteEarly bool   // a frame was written since the last Commit that found room, and is not synced
+	pending  []byte
+	count    uint32 // of these records
+	owesSync bool   // a frame was written that no Commit has waited for yet, or not with success
 
 	// Room on the disk.
 	spare       logWriter // SPARE
@@ -393,10 +393,10 @@ func (d *Store) note(pending []byte, records uint32) {
 	d.pending = pending
 	d.count += records
 
-	// wroteEarly says that the Commit has to sync this frame, too.
+	// The Commit has to sync this frame, too.
 	if int64(len(d.pending)) >= min(maxFramePut, d.segmentSize) {
 		d.writeFrame(frameRecords)
-		d.wroteEarly = true
+		d.owesSync = true
 	}
 }
 
@@ -465,6 +465,7 @@ func (d *Store) WhyLost() error { return d.lock.Held() }
 // is written any more, and every later Commit fails. About once a second, and when the last frame
 // is not where it was written, Commit checks whether others have removed or changed the files. If
 // so it writes all data again: that takes as long as a compaction, and everybody waits for it.
+// Where it makes a file it also waits for room.
 func (d *Store) Commit() error {
 	commitErr := d.commit()
 	if commitErr != nil && !errors.Is(commitErr, storage.ErrNoRoom) {
@@ -481,7 +482,8 @@ func (d *Store) Commit() error {
 		}
 	}
 
-	// The lock comes last: what was read is only true while nobody else could write.
+	// The lock comes last: what was read is only true while nobody else could write. commitErr is
+	// nil, or there is no room.
 	return cmp.Or(d.held(), commitErr)
 }
 
@@ -511,7 +513,7 @@ func (d *Store) commit() error {
 	// Nothing to write: what was read is as durable as the writes before it. But a log that is much
 	// larger than the data is compacted even then. If the current file is empty, all data is in
 	// full files already.
-	wasteful, idle := d.isWasteful(), d.count == 0 && !d.wroteEarly
+	wasteful, idle := d.isWasteful(), d.count == 0 && !d.owesSync
 	if idle && !wasteful {
 		return nil
 	}
@@ -524,7 +526,7 @@ func (d *Store) commit() error {
 	// one begins. (On a full disk the old file grows instead: the last room is for requests that
 	// free some.)
 	now := time.Now()
-	d.wroteEarly = false
+	d.owesSync = false
 	if d.count > 0 {
 		d.writeFrame(frameRecords)
 	}
@@ -536,7 +538,7 @@ func (d *Store) commit() error {
 		err = d.awaitTimer(now)
 	}
 	if err != nil {
-		d.wroteEarly = true // so that the next Commit tries again
+		d.owesSync = true // if there was no room, the next Commit tries again
 		return err
 	}
 

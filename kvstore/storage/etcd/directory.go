@@ -235,7 +235,7 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 
 // do applies ops in one transaction, at least once, if the lock is ours and all comparisons hold.
 // ops put about size bytes. If the first of ops puts the step that etcd has already, an earlier try
-// has applied them. If etcd is full, do waits for room, but if ops put bytes it returns a
+// has applied them. If etcd is full and size is 0, do waits for room; if size is more, it returns a
 // storage.ErrNoRoom. After that, an errSmaller or a storage.ErrGone it is not known whether ops
 // were applied. An errUnlike says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
@@ -261,7 +261,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		case err == errSmaller, errors.Is(err, storage.ErrGone):
 			return err
 
-		// etcd is full. It answers so, too, when it has applied what fills it.
+		// etcd is full. It says so, too, after it has applied ops that fill it.
 		case errors.Is(err, syscall.ENOSPC):
 			d.client.noteFull(true)
 			if size > 0 {

@@ -25,7 +25,7 @@ const (
 	joinLeast = 8        // pieces that are joined, at least
 	joinMost  = 256      // pieces that are joined, at most
 	joinBytes = 64 << 10 // bytes of pieces that are joined, at most: of larger ones there are few
-	bufMost   = 4 << 20  // bytes that wait in memory while etcd is full
+	bufMost   = 4 << 20  // bytes in buf from which on a write waits while etcd is full
 )
 
 // pieceFile is an open file. Its pieces are the parts in which it was sent, in order. A piece that
@@ -342,8 +342,9 @@ func (f *pieceFile) WriteAt(b []byte, offset int64) (int, error) {
 		}
 	}
 
-	// Bytes wait in buf until they fill a piece, or for Sync, which also says if there is no room. A
-	// snapshot waits for room here, because in buf it would take too much memory.
+	// Bytes wait in buf until they fill a piece, or for Sync. While there is no room they stay in
+	// buf, and Sync says so. A snapshot or a very long value would take too much memory there, so
+	// it waits for room here.
 	f.buf = append(f.buf, rest...)
 	for {
 		err := f.send(pieceMost)
@@ -370,8 +371,8 @@ func (f *pieceFile) send(least int) error {
 	return nil
 }
 
-// sendPiece sends the first n bytes of buf. n is 0 if it only finds out what has arrived: then it
-// is to be called again.
+// sendPiece sends the first n bytes of buf. If it must first find out what has arrived, it does
+// only that, n is 0, and the caller calls it again.
 func (f *pieceFile) sendPiece() (n int, err error) {
 	switch {
 	case f.isUnsure && f.d.client.full.Load(): // signs of life find out when there is room again
@@ -390,9 +391,10 @@ func (f *pieceFile) sendPiece() (n int, err error) {
 	return n, err
 }
 
-// settle reads which pieces the file has by now, after a request that may have arrived without an
-// answer, or arrives later than others. Such a request puts bytes that buf began with, and may
-// remove pieces that it joins. why is the error for which settle is called; nil: there was none.
+// settle reads which pieces the file has by now, after a request that may have arrived though no
+// answer said so, or that arrives later than others. Such a request puts bytes that buf began with,
+// and may remove pieces that it joins. why is errSmaller or errUnlike if settle is called for one
+// of these, otherwise nil.
 func (f *pieceFile) settle(why error) error {
 	was := f.extent
 	isChanged, err := f.reread()
@@ -425,10 +427,10 @@ func (f *pieceFile) unlessGone(err error) error {
 	return err
 }
 
-// put adds a piece of the first n bytes of buf. If it returns errSmaller, the piece may have
-// arrived, or may arrive later. After errSmaller and errUnlike the caller settles what the file
-// has, and calls put again, which takes fewer bytes after errSmaller. After any other error no more
-// pieces can be added.
+// put adds a piece of the first n bytes of buf. After an errSmaller, an errUnlike or a
+// storage.ErrNoRoom the piece may have arrived, or may arrive later: the caller settles what the
+// file has, and calls put again, which takes fewer bytes after errSmaller. After any other error no
+// more pieces can be added.
 func (f *pieceFile) put() (n int, err error) {
 	// The speed of the link limits how many bytes are sent at a time, and most data shrinks when
 	// it is packed.

@@ -14,8 +14,8 @@ import (
 
 // etcd has a quota. Once a member's database is larger, etcd refuses every put, of everybody, until
 // an operator has made room and disarmed the alarm: also our signs of life, and the records of a
-// Delete. So RoomFor refuses writes before that, then Removes and Takes, and keeps the last room
-// for Deletes.
+// Delete. So RoomFor refuses writes before that, then Removes, Takes and compactions, and keeps
+// the last room for Deletes.
 const (
 	marginMost  = 64 << 20 // bytes kept for what frees room, or an eighth of the quota, if less
 	garbageMost = 8 << 20  // bytes that we have replaced or removed, until etcd is to forget them
@@ -44,16 +44,12 @@ func (d *directory) RoomFor(size, toDelete int64, frees bool) error {
 	quota := r.quota.Load()
 
 	// Even Deletes leave a quarter of the margin: a full etcd would refuse our signs of life, too.
+	// Removes and compactions leave more, for Deletes. Each Delete may be a piece of its own, which
+	// takes many times its bytes. Half of the margin is enough for nearly all stores.
 	margin := min(quota/8, marginMost)
 	left := margin
 	if frees {
-		left = margin / 4
-	}
-
-	// Removes and compactions leave more, for Deletes: many times the bytes of these, because each
-	// may be a piece of its own. Half of the margin is enough for nearly all stores.
-	if frees {
-		left += min(16*toDelete, margin/2)
+		left = margin/4 + min(16*toDelete, margin/2)
 	}
 
 	// Much data, such as a snapshot, most likely shrinks as what was written before did.
