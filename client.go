@@ -738,7 +738,7 @@ func (c *Client) resizeInput() bool {
 
 	// The line may have maxLine bytes and its end.
 	case in.pending == size:
-		size = min(2*size, max(c.server.maxLine+len("\r\x00\n"), size+1))
+		size += min(size, max(c.server.maxLine+len("\r\x00\n")-size, 1))
 		if !c.acquireInput(size, cap(in.queries), b.forBursts()) {
 			in.forLine = true
 			if !c.acquireForLine(size) && !c.awaitLineMemory(size) {
@@ -1336,7 +1336,7 @@ func (l *listing) firstHalf(keys []string) (half []string, beyond string) {
 func (l *listing) copyKeys(keys []string) {
 	// Half of the memory for queues is left for replies.
 	b := &l.client.server.budget
-	bytes := int64(kvstore.SizeOf(keys) + len(keys)*stringSize)
+	bytes := kvstore.SizeOf(keys) + int64(len(keys)*stringSize)
 	if !addUpTo(&b.queued, bytes, b.forQueues()/2) {
 		return
 	}
@@ -1433,7 +1433,7 @@ type outbox struct {
 	slow        bool     // the latest word from progress was false
 	listing     *listing // the Keys or Dump that is being answered; nil: none is
 	next        *Query   // the first query whose reply is not formatted yet
-	unformatted int      // bytes still to be formatted, at most, by which newMessage chooses a size
+	unformatted int64    // bytes still to be formatted, at most, by which newMessage chooses a size
 	piece       int      // bytes in a message now: fewer than maxMessage while all queues are at their limit
 	claimed     int64    // bytes of the reply in hand that count as queued before they are
 	waitingText int64    // bytes of the chain's buffer beyond a short burst's (sendOf); 0: none
@@ -1457,7 +1457,7 @@ func (c *Client) answer(chain *Query) {
 	size := c.outbox.measure(chain)
 
 	// Replies that are long, or have no room now, are deliver's.
-	if size > min(chunkSize, c.outbox.maxMessage) || size > 0 && len(c.buffer) > 0 &&
+	if size > int64(min(chunkSize, c.outbox.maxMessage)) || size > 0 && len(c.buffer) > 0 &&
 		(len(c.buffer) >= maxShared || c.server.budget.isAtLimit()) {
 		go c.deliver(chain, size)
 		return
@@ -1469,7 +1469,7 @@ func (c *Client) answer(chain *Query) {
 
 // deliver is answer for replies that take time. It is one goroutine for one chain, until the
 // replies are queued or dropped.
-func (c *Client) deliver(chain *Query, size int) {
+func (c *Client) deliver(chain *Query, size int64) {
 	giveBack := c.outbox.countAsWaiting(chain)
 
 	c.outbox.core.acquire(nil)
@@ -1515,7 +1515,7 @@ func (q *Query) listSize() int64 { return int64(len(q.values)) * stringSize }
 // store.
 func (q *Query) pinnedSize() int64 {
 	if q.bytes > kvstore.ViewMost {
-		return int64(q.bytes)
+		return q.bytes
 	}
 	return 0
 }
@@ -1539,7 +1539,7 @@ const stringSize = 16 // bytes of a string beside its text
 // measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
 // broken connection it returns 0 and notes nothing. It looks at no value, because there may be
 // many.
-func (o *outbox) measure(chain *Query) (size int) {
+func (o *outbox) measure(chain *Query) (size int64) {
 	if o.client.isGone() {
 		return 0
 	}
@@ -1557,7 +1557,7 @@ func (o *outbox) measure(chain *Query) (size int) {
 // reply queues the replies to chain's requests, left bytes in all. It formats none before there is
 // room for it. hasRoom means that the caller is workLoop, which does not wait: it has seen room for
 // all of them in one message.
-func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
+func (o *outbox) reply(chain *Query, left int64, hasRoom bool) {
 	var msg []byte // nil, or a message that was begun when there was room
 	shared := false
 	for q := chain; q != nil; q = q.next {
@@ -1572,7 +1572,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 		o.next = q
 
 		// The message is full, or is for one reply: this reply begins the next message.
-		if msg != nil && (!shared || len(msg)+q.size > o.piece) {
+		if msg != nil && (!shared || int64(len(msg))+q.size > int64(o.piece)) {
 			o.queue(msg)
 			msg = nil
 		}
@@ -1582,7 +1582,7 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 			if o.client.isGone() {
 				return
 			}
-			if !hasRoom && !o.awaitRoom((q.size+o.maxMessage-1)/o.maxMessage, q, false) {
+			if !hasRoom && !o.awaitRoom(o.messages(q), q, false) {
 				o.drop(q)
 				left -= q.size
 				continue
@@ -1614,6 +1614,11 @@ func (o *outbox) reply(chain *Query, left int, hasRoom bool) {
 	if msg != nil {
 		o.queue(msg)
 	}
+}
+
+// messages returns in how many messages q's reply fits.
+func (o *outbox) messages(q *Query) int {
+	return int((q.size + int64(o.maxMessage) - 1) / int64(o.maxMessage))
 }
 
 // firstMessage returns the message in which q's reply begins. There is room for it. While all
@@ -1661,7 +1666,7 @@ func (o *outbox) format(msg []byte, q *Query) []byte {
 	q.values = nil
 
 	// Nearly always the message has room for the whole reply.
-	if len(msg)+q.size <= o.piece {
+	if int64(len(msg))+q.size <= int64(o.piece) {
 		for _, v := range values {
 			msg = q.appendLine(msg, v)
 		}
@@ -1717,11 +1722,11 @@ func (o *outbox) drop(q *Query) {
 // that has begun must end, whatever others queue meanwhile. It does not claim a reply of more than
 // maxShared full messages, nor one that would take the queues more than a quarter over their limit:
 // such a reply waits for room message by message.
-func (o *outbox) claim(size int) {
+func (o *outbox) claim(size int64) {
 	most := o.budget.forQueues()
-	if size > o.piece && size <= maxShared*o.maxMessage &&
-		addUpTo(&o.budget.queued, int64(size), most+most/4) {
-		o.claimed = int64(size)
+	if size > int64(o.piece) && size <= int64(maxShared*o.maxMessage) &&
+		addUpTo(&o.budget.queued, size, most+most/4) {
+		o.claimed = size
 	}
 }
 
@@ -1741,7 +1746,7 @@ func (o *outbox) uncount(q *Query) {
 
 // queue sends msg to writeToClient. There must be room for it.
 func (o *outbox) queue(msg []byte) {
-	o.unformatted -= len(msg)
+	o.unformatted -= int64(len(msg))
 
 	// The claimed bytes are counted already.
 	used := min(o.claimed, int64(len(msg)))
@@ -1907,7 +1912,7 @@ var (
 // if that is enough, or one of large if over a quarter of it is needed. Any other message takes no
 // more memory than it needs.
 func (o *outbox) newMessage() []byte {
-	size := min(o.unformatted, o.piece)
+	size := int(min(o.unformatted, int64(o.piece)))
 
 	// Memory that is used again has one of two sizes.
 	switch keepsUp := len(o.client.buffer) == 0; {

@@ -29,13 +29,13 @@ type Query struct {
 
 	line   int      // its number in the client's input, counted from 1
 	values []string // the result: a list, a Take's value, seconds, or lines of Help, Stats, Keys
-	bytes  int      // of all values together
+	bytes  int64    // of all values together
 	n      int      // what was done, as in ":OK n"
 
 	// The requests of a burst travel as one chain or more, each for the price of one send: the
 	// channel carries the chain's head, and next links the rest.
 	next *Query
-	size int // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
+	size int64 // upper bound of the reply, in bytes; 0 if none is owed; negative if it was shed
 
 	*special // nil for most requests
 }
@@ -249,7 +249,7 @@ var verbs = [queryTypes]verb{
 		run: func(q *Query, db kvstore.Store, _ clock) {
 			value, ok := db.Take(q.key)
 			if q.n = times(ok); ok {
-				q.values, q.bytes = append(q.args[:0], value), len(value)
+				q.values, q.bytes = append(q.args[:0], value), int64(len(value))
 			}
 		}},
 
@@ -640,7 +640,7 @@ func runGet(q *Query, db kvstore.Store, _ clock) {
 	if q.n = len(q.values); q.n <= fewValues {
 		q.bytes = kvstore.SizeOf(q.values)
 	} else {
-		q.bytes = int(db.Measure(q.key))
+		q.bytes = db.Measure(q.key)
 	}
 }
 
@@ -855,8 +855,8 @@ const (
 )
 
 // replySize is how many bytes q's reply takes, at most; 0 if none is owed.
-func (q *Query) replySize(acked bool) (size int) {
-	return q.bytes + len(q.values)*q.lineExtra() + q.endSize(acked)
+func (q *Query) replySize(acked bool) (size int64) {
+	return q.bytes + int64(len(q.values))*int64(q.lineExtra()) + int64(q.endSize(acked))
 }
 
 // endSize is how many bytes the last line of q's reply takes, at most; 0 if it has none.

@@ -202,24 +202,24 @@ type keyValueServer struct {
 	floor            time.Duration // highest spent of a client whose turn came: what the others had
 	takes            takeQueues    // Takes that wait for a value
 	round            round
-	rejecting        int              // rejected connections that still have a writeToClient
-	refusedClients   seldom           // connections over maxClients
-	badHandshakes    seldom           // TLS handshakes that failed
-	refusedByStore   seldom           // writes that the store has no room for (kvstore.Store.Room)
-	refusedForMemory seldom           // writes refused because the memory is full
-	overdue          overdue          // whether expired keys have yet to be deleted
-	expired          int              // keys that were deleted because they had expired
-	commitFailed     bool             // nothing runs any more
-	held             []*Query         // chains that wait for a Commit that finds room
-	unsaved          map[string]bool  // keys that they, or chains in turns, have changed
-	closing          bool             // stopReading was called
-	closeTick        <-chan time.Time // for hurry; nil: not set
-	closeTicks       int              // since Close
-	welcomed         int              // clients that have come
-	departed         int              // clients that have gone
-	largest          int64            // bytes, the most that budget.store was since FreeOSMemory
-	collectedAt      time.Time        // when a refused write last started a collection
-	requests         [queryTypes]int  // how many of each type were run or refused
+	rejecting        int               // rejected connections that still have a writeToClient
+	refusedClients   seldom            // connections over maxClients
+	badHandshakes    seldom            // TLS handshakes that failed
+	refusedByStore   seldom            // writes that the store has no room for (kvstore.Store.Room)
+	refusedForMemory seldom            // writes refused because the memory is full
+	overdue          overdue           // whether expired keys have yet to be deleted
+	expired          int64             // keys that were deleted because they had expired
+	commitFailed     bool              // nothing runs any more
+	held             []*Query          // chains that wait for a Commit that finds room
+	unsaved          map[string]bool   // keys that they, or chains in turns, have changed
+	closing          bool              // stopReading was called
+	closeTick        <-chan time.Time  // for hurry; nil: not set
+	closeTicks       int               // since Close
+	welcomed         int               // clients that have come
+	departed         int               // clients that have gone
+	largest          int64             // bytes, the most that budget.store was since FreeOSMemory
+	collectedAt      time.Time         // when a refused write last started a collection
+	requests         [queryTypes]int64 // how many of each type were run or refused
 }
 
 // seldom counts an event that may happen a thousand times a second and deserves one line of log
@@ -1974,7 +1974,7 @@ func processBytes() uint64 {
 }
 
 // requestsRun returns how many requests were run or refused.
-func (s *keyValueServer) requestsRun() (n int) {
+func (s *keyValueServer) requestsRun() (n int64) {
 	for _, some := range s.requests {
 		n += some
 	}

@@ -3857,7 +3857,7 @@ func TestOutboxClaim(t *testing.T) {
 		if c.counted {
 			want += int64(c.messages) * maxMessage
 		}
-		if o.claim(c.messages * maxMessage); s.budget.queued.Load() != want {
+		if o.claim(int64(c.messages * maxMessage)); s.budget.queued.Load() != want {
 			t.Errorf("where %d bytes are queued, with a reply of %d messages %d are counted, want %d",
 				c.queued, c.messages, s.budget.queued.Load(), want)
 		}
@@ -4010,10 +4010,10 @@ func TestOutboxMeasuresNoLongReply(t *testing.T) {
 	}
 	q := &Query{queryType: get, key: "k"}
 	q.run(db, time.Now)
-	for i := range q.values { // a walk would find them empty
-		q.values[i] = ""
-	}
-	is.Between(t, "bytes of the reply", q.replySize(false), 1000*len("k:value\n"), math.MaxInt)
+	clear(q.values) // a walk would find them empty
+	is.Between(t, "bytes of the reply", q.replySize(false), int64(1000*len("k:value\n")), math.MaxInt64)
+	q.bytes += math.MaxInt32 // then 32 bits are not enough
+	is.Between(t, "bytes of a huge reply", q.replySize(false), math.MaxInt32+8000, math.MaxInt64)
 }
 
 // Ensure that the messages of a long reply are used again.
@@ -4055,7 +4055,7 @@ func TestOutboxMeasuresAtLeastTheReply(t *testing.T) {
 
 				for _, acked := range []bool{false, true} {
 					reply := q.appendEnd(slices.Clone(lines), acked, n)
-					is.Between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, q.replySize(acked))
+					is.Between(t, fmt.Sprintf("bytes of %q", reply), len(reply), 0, int(q.replySize(acked)))
 				}
 			}
 		}

@@ -165,7 +165,7 @@ func (plain) Footprint() int64                       { return 0 }
 func (plain) Reclaim() int64                         { return 0 }
 func (plain) Room(string, int64, int) error          { return nil }
 func (p plain) View(_ []string, key string) []string { return p.Get(key) }
-func (p plain) Measure(key string) (bytes int64)     { return int64(SizeOf(p.Get(key))) }
+func (p plain) Measure(key string) (bytes int64)     { return SizeOf(p.Get(key)) }
 func (p plain) Has(key, value string) bool           { return slices.Contains(p.Get(key), value) }
 func (plain) TouchPays() bool                        { return false }
 func (plain) Touch([]string)                         {}

@@ -300,7 +300,7 @@ func checkLarge(t *testing.T, m *Memory) {
 			continue
 		}
 		l := r.long
-		if len(l.values) == 0 || l.bytes != int64(SizeOf(l.values)) ||
+		if len(l.values) == 0 || l.bytes != SizeOf(l.values) ||
 			len(l.hashes) != len(l.values) {
 			t.Fatalf("a list of %d values counts %d bytes and has %d hashes", len(l.values), l.bytes,
 				len(l.hashes))
@@ -533,7 +533,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 
 	want := 0
 	for key, list := range maps.Collect(store.All()) {
-		want += len(key) + SizeOf(list) + len(list)
+		want += len(key) + int(SizeOf(list)) + len(list)
 	}
 
 	s := store.Snapshot()
@@ -541,7 +541,7 @@ func TestSnapshotBesideChanges(t *testing.T) {
 	go func() {
 		sum := 0
 		for key, list := range s.All() {
-			if sum += len(key) + SizeOf(list) + len(s.View(nil, key)); sum%1000 == 0 {
+			if sum += len(key) + int(SizeOf(list)) + len(s.View(nil, key)); sum%1000 == 0 {
 				runtime.Gosched()
 			}
 		}

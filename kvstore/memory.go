@@ -204,7 +204,7 @@ func (m *Memory) forget(at spot, e entry) (removed int) {
 		m.longGone -= l.gone
 	} else {
 		values := e.values(m.edit[:0])
-		removed, bytes = len(values), int64(SizeOf(values))
+		removed, bytes = len(values), SizeOf(values)
 	}
 
 	m.values -= removed
@@ -373,8 +373,9 @@ func (m *Memory) Footprint() int64 {
 	const largePageSize = int(unsafe.Sizeof(tablePage[large]{}))
 
 	// Removed values count while a list's array keeps them in memory (longGone).
-	return int64(m.used+m.pages*pageSize+8*m.dir.len+len(m.large.pages)*largePageSize+
-		m.longValues*perLongValue+m.deadlines.bytes()) + m.largeBytes + m.longBytes + m.longGone
+	tables := m.pages*pageSize + 8*m.dir.len + len(m.large.pages)*largePageSize + m.deadlines.bytes()
+	return int64(m.used) + int64(tables) + int64(m.longValues)*perLongValue + m.largeBytes +
+		m.longBytes + m.longGone
 }
 
 // Measure returns the total bytes of key's values.
@@ -387,7 +388,7 @@ func (m *Memory) Measure(key string) (bytes int64) {
 	if l := m.long(at.slot); l != nil {
 		return l.bytes
 	}
-	return int64(SizeOf(e.values(m.edit[:0])))
+	return SizeOf(e.values(m.edit[:0]))
 }
 
 // Has reports whether key's list has value. It hands no memory out.
@@ -528,9 +529,9 @@ func (s *snapshot) All() iter.Seq2[string, []string] {
 }
 
 // SizeOf returns the total bytes of values.
-func SizeOf(values []string) (bytes int) {
+func SizeOf(values []string) (bytes int64) {
 	for _, v := range values {
-		bytes += len(v)
+		bytes += int64(len(v))
 	}
 	return bytes
 }

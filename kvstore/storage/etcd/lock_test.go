@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -514,8 +515,11 @@ func TestEtcdLockWasAnothersMeanwhile(t *testing.T) {
 
 		// Between the look after which the lock is free and the request that takes it.
 		dir, w := e.dir(t, t.Context(), "new:9999")
+		var mu sync.Mutex // several goroutines send requests
 		last, times := time.Time{}, 0
 		w.before = func(int) {
+			mu.Lock()
+			defer mu.Unlock()
 			if now := time.Now(); now.Equal(last) && times == 0 {
 				times++
 				e.put("kv/step", "another's")
@@ -529,9 +533,9 @@ func TestEtcdLockWasAnothersMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		lock.Close() // from here on nobody sends requests
 		if took := time.Since(began); times == 0 || took < 2*lockTime {
 			t.Errorf("it is taken after %v, and another had it %d times", took, times)
 		}
-		lock.Close()
 	})
 }
