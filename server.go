@@ -646,12 +646,9 @@ func (s *keyValueServer) workLoop() {
 // checkFiles makes the store check its files, which Commit does, and look whether there is room for
 // what is held. A batch that waits is committed soon anyway.
 func (s *keyValueServer) checkFiles() {
-	if len(s.batch) > 0 {
-		return
-	}
-	s.commitStore()
-	if len(s.batch) > 0 { // they were held; now there is room, or the Commit has failed
-		s.commit()
+	if len(s.batch) == 0 {
+		s.commitStore()
+		s.answerBatch()
 	}
 }
 
@@ -1695,8 +1692,12 @@ func (s *keyValueServer) commit() {
 	if len(s.batch) > 0 {
 		s.commitStore()
 	}
+	s.answerBatch()
+}
 
-	// Replies leave only now: no client learns earlier what the chains have done.
+// answerBatch answers the batch, after its Commit: no client learns earlier what its chains have
+// done.
+func (s *keyValueServer) answerBatch() {
 	for i, chain := range s.batch {
 		switch c := chain.client; {
 		case chain.queryType == countAll && s.commitFailed:

@@ -170,6 +170,9 @@ func TestEtcdFullInACommit(t *testing.T) {
 				}
 				<-time.After(fsync + time.Second)
 			}
+			if path := d.Syncing(); !strings.HasSuffix(path, "/seg-1.log") {
+				t.Errorf("fsync %v: a stop would wait for %q", fsync, path)
+			}
 
 			// Once there is room, signs of life notice it, and the Commit goes on where it was.
 			e.setFull(false)

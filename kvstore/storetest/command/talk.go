@@ -110,20 +110,7 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-			go func() {
-				for _, some := range strings.SplitAfterN(c.answers, "\n", 2) { // welcome, rest
-					<-time.After(1) // by then all is sent: fake time passes only while nobody works
-					io.WriteString(theirs, some)
-				}
-
-				// A server that has read the Ack ends the connection, otherwise it resets it.
-				synctest.Wait()
-				if c.want == talker.Silent {
-					theirs.Read(make([]byte, 100))
-				}
-				theirs.Close()
-			}()
-
+			go answerAndGo(theirs, c.answers, c.want == talker.Silent)
 			in, end := io.Pipe()
 			go func() {
 				if io.WriteString(end, c.in); c.want != talker.Gone {
@@ -143,6 +130,21 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 			world.Pass(2)
 		})
 	}
+}
+
+// answerAndGo is a server that sends these answers and ends the connection: in order if it has read
+// the Ack, otherwise it resets it.
+func answerAndGo(conn net.Conn, answers string, reads bool) {
+	for _, some := range strings.SplitAfterN(answers, "\n", 2) { // welcome, rest
+		<-time.After(1) // by then all is sent: fake time passes only while nobody works
+		io.WriteString(conn, some)
+	}
+
+	synctest.Wait()
+	if reads {
+		conn.Read(make([]byte, 100))
+	}
+	conn.Close()
 }
 
 // ClientLeavesAStranger ensures that -c closes its connection to a program other than kvserver.

@@ -65,14 +65,15 @@ func (c *crowded) Commit() error {
 	return nil
 }
 
+// takesLong is how long an Update of a crowded store takes.
+func takesLong() time.Duration { return 10 * time.Millisecond }
+
 // CommitWithoutRoom ensures that while Commits find no room, what was written has no answer, nor
 // has what may tell of it, and that all else is answered; and that once there is room nothing is
 // owed.
 func CommitWithoutRoom(t *testing.T, start StartOn) {
 	synctest.Test(t, func(t *testing.T) {
-		const updateTakes = 10 * time.Millisecond
-		db := &crowded{LazyStore: LazyStore{kvstore.NewMemory(),
-			func() time.Duration { return updateTakes }}}
+		db := &crowded{LazyStore: LazyStore{kvstore.NewMemory(), takesLong}}
 		n := start.on(t, db)
 		reader, writer, other, lister, taker := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
 		slow, late, timer, patient := n.Dial(t), n.Dial(t), n.Dial(t), n.Dial(t)
@@ -100,7 +101,7 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 		// A chain that waits for its turn has written, too.
 		slow.Post("Delete:gone\nUpdate:x:a:b\nPing\n")
 		late.Post("Count:gone\n")
-		world.Pass(2 * updateTakes)
+		world.Pass(2 * takesLong())
 		late.WantNothing()
 		reader.Ask("Get:old", "old:1")
 		if t.Failed() { // what came too early would be waited for below
