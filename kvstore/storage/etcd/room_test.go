@@ -1,10 +1,12 @@
 package etcd
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math"
 	"net/http"
@@ -142,52 +144,125 @@ func TestEtcdFull(t *testing.T) {
 }
 
 // Ensure that a Commit to a cluster that has become full by surprise says at once that there is no
-// room, that reads go on, and that the next Commit with room keeps all, also what came meanwhile.
+// room, also if nothing is new; and that the next Commit with room keeps all, or the end of the
+// store, which waits for it.
 func TestEtcdFullInACommit(t *testing.T) {
 	for _, fsync := range []time.Duration{durable.FsyncAlways, time.Second} {
-		synctest.Test(t, func(t *testing.T) {
-			e, h := newFakeEtcd(), storetest.NewHistory()
-			dir, _ := e.dir(t, t.Context(), "first:9999")
-			d, err := durable.Open(t.Context(), dir, durable.Options{Fsync: fsync})
-			if err != nil {
-				t.Fatal(err)
-			}
-			commit(t, d, h, "k", "v")
-			<-time.After(2 * time.Second)
-
-			// The first Commit with -fsync 1s does not wait for the disk.
-			e.setFull(true)
-			large := randomText(pieceMost)
-			for i := range 3 {
-				d.Put("k", large)
-				h.Done.Put("k", large)
-				began := time.Now()
-				err := d.Commit()
-				mayPass := i == 0 && fsync != durable.FsyncAlways
-				if !errors.Is(err, storage.ErrNoRoom) && !mayPass || time.Since(began) > beatTime {
-					t.Errorf("fsync %v: Commit number %d to a full cluster: %v, after %v", fsync, i, err,
-						time.Since(began))
-				}
-				<-time.After(fsync + time.Second)
-			}
-			if path := d.Syncing(); !strings.HasSuffix(path, "/seg-1.log") {
-				t.Errorf("fsync %v: a stop would wait for %q", fsync, path)
-			}
-
-			// Once there is room, signs of life notice it, and the Commit goes on where it was.
-			e.setFull(false)
-			<-time.After(2 * time.Second)
-			if err := d.Commit(); err != nil {
-				t.Errorf("fsync %v: there is room again: %v", fsync, err)
-			}
-			h.Told = h.Done.Clone()
-			if err := d.Close(); err != nil {
-				t.Error(err)
-			}
-			after, _ := e.dir(t, t.Context(), "second:9999")
-			checkKept(t, h, after, "after the full cluster")
-		})
+		for _, closes := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) { fullInACommit(t, fsync, closes) })
+		}
 	}
+}
+
+// fullInACommit fills a cluster between two Commits of a store with that Options.Fsync.
+func fullInACommit(t *testing.T, fsync time.Duration, closes bool) {
+	e, h, status := newFakeEtcd(), storetest.NewHistory(), new(storage.Status)
+	dir, _ := e.dir(t, t.Context(), "first:9999")
+	d, err := durable.Open(t.Context(), dir, durable.Options{Fsync: fsync, Status: status})
+	if err != nil {
+		t.Fatal(err)
+	}
+	commit(t, d, h, "k", "v")
+	<-time.After(3 * time.Second)
+	_, fsyncs, _ := status.Fsyncs.Read()
+
+	// The first Commit with -fsync 1s does not wait for the disk.
+	e.setFull(true)
+	for i := range 4 {
+		if i < 3 {
+			d.Put("k", fmt.Sprint(i))
+			h.Done.Put("k", fmt.Sprint(i))
+		}
+		began := time.Now()
+		err := d.Commit()
+		mayPass := i == 0 && fsync != durable.FsyncAlways
+		if !errors.Is(err, storage.ErrNoRoom) && !mayPass || time.Since(began) > beatTime {
+			t.Errorf("fsync %v: Commit number %d to a full cluster: %v, after %v", fsync, i, err,
+				time.Since(began))
+		}
+		<-time.After(fsync + time.Second)
+	}
+	if path := d.Syncing(); !strings.HasSuffix(path, "/seg-1.log") {
+		t.Errorf("fsync %v: a stop would wait for %q", fsync, path)
+	}
+	if _, n, _ := status.Fsyncs.Read(); n != fsyncs {
+		t.Errorf("fsync %v: %d fsyncs count that found no room", fsync, n-fsyncs)
+	}
+
+	// Once there is room, signs of life notice it, and what was begun goes on where it was.
+	time.AfterFunc(5*time.Second, func() { e.setFull(false) })
+	if !closes {
+		<-time.After(7 * time.Second)
+		if err := d.Commit(); err != nil {
+			t.Errorf("fsync %v: there is room again: %v", fsync, err)
+		}
+	}
+	h.Told = h.Done.Clone()
+	if err := d.Close(); err != nil {
+		t.Errorf("fsync %v: Close: %v", fsync, err)
+	}
+	after, _ := e.dir(t, t.Context(), "second:9999")
+	checkKept(t, h, after, "after the full cluster")
+}
+
+// Ensure that a Commit that finds no room, and then that the lock is lost, says that: nothing may be
+// answered any more.
+func TestEtcdFullAndCutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		d, w := e.open(t)
+		e.setFull(true)
+		d.Put("k", "v")
+		if err := d.Commit(); !errors.Is(err, storage.ErrNoRoom) {
+			t.Errorf("a full cluster: %v", err)
+		}
+
+		w.setCut(true)
+		<-time.After(freshTime + time.Second)
+		if err := d.Commit(); err == nil || errors.Is(err, storage.ErrNoRoom) {
+			t.Errorf("cut off from a full cluster: %v", err)
+		}
+		d.Close()
+	})
+}
+
+// Ensure that a piece that etcd has put, and refused because it has filled the quota, does no harm
+// when the next one joins those before it.
+func TestEtcdRefusedAndDone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		f, err := dir.Create("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at, text := int64(0), []byte(randomText(2*joinBytes))
+		for range joinLeast {
+			write(t, f, &at, text[at:at+100])
+		}
+
+		w.suffer(fills, 0)
+		_, writeErr := f.WriteAt(text[at:at+100], at)
+		if err := f.Sync(); !errors.Is(err, storage.ErrNoRoom) {
+			t.Errorf("a write that fills the cluster: %v", err)
+		}
+		_, moreErr := f.WriteAt(text[at+100:], at+100)
+		<-time.After(30 * time.Second)
+		if err := errors.Join(writeErr, moreErr, f.Sync()); err != nil {
+			t.Error(err)
+		}
+
+		reader, _ := e.dir(t, t.Context(), "")
+		again, size, err := reader.Open("file")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(io.NewSectionReader(again, 0, size))
+		if !bytes.Equal(got, text) {
+			t.Errorf("%d of %d bytes are read, or others: %v", len(got), len(text), err)
+		}
+	})
 }
 
 // Ensure that a server whose pieces were deleted while etcd is full writes all again once there is

@@ -83,7 +83,7 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 		defer db.isFull.Store(false) // or a test that fails would never end
 
 		// Chains that write wait as a whole, and so do Takes that they serve.
-		writer.Post("Get:old\nPut:new:1\nPut:job:1\n")
+		writer.Post("Get:old\nSet:new:1\nPut:job:1\n")
 		other.Post("Count:new\n")
 		lister.Post("Keys\n")
 		timer.Post("Expire:new\n")
@@ -100,7 +100,7 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 
 		// A chain that waits for its turn has written, too.
 		slow.Post("Delete:gone\nUpdate:x:a:b\nPing\n")
-		late.Post("Count:gone\n")
+		late.Post("Count:gone\nCount:x\n")
 		world.Pass(2 * takesLong())
 		late.WantNothing()
 		reader.Ask("Get:old", "old:1")
@@ -118,7 +118,7 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 		timer.Want(":OK 1")
 		patient.Want(":OK 0", ":OK 0", ":OK 0")
 		slow.Want(":PONG")
-		late.Want(":OK 0")
+		late.Want(":OK 0", ":OK 1")
 
 		// What is durable by now is not held the next time, also if only a chain that waited for its
 		// turn had changed it.
