@@ -2548,7 +2548,7 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 		world.Pass(lookTime)
 
 		// From here on the bursts of others have their share. (A connection itself takes 100 kB for
-		// a line.)
+		// a line. With the race detector a sync.Pool loses some of what it is given.)
 		clients = n.DialMany(t, count/2, func(_ int, o *protocol.Client) { o.Ask("Ack", ":OK 0") })
 		b.inputs.Add(b.forBursts())
 		line = []byte("Remove:k:" + strings.Repeat("p", 100*kilo) + "\n")
@@ -2558,7 +2558,7 @@ func TestMemoryLimitOfLinesInARow(t *testing.T) {
 				o.Want(":OK 0")
 			}
 		})
-		is.Between(t, "bytes for a line", int(took)/len(clients), 0, len(line)*3/2)
+		is.Between(t, "bytes for a line", int(took)/len(clients), 0, len(line)*12/storetest.Fewer(8, 8))
 
 		closeClients(clients)
 	})

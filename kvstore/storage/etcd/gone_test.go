@@ -300,6 +300,7 @@ func TestEtcdGoneBesideACheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, w, lock := newFakeEtcd().locked(t)
 		defer lock.Close()
+		<-time.After(surveyTime / 2) // so that the next request is the check's below
 		var once sync.Once
 		w.mu.Lock()
 		w.before = func(int) { once.Do(func() { dir.lock.miss(errors.New("a test")) }) }

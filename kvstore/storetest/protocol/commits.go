@@ -95,7 +95,6 @@ func CommitWithoutRoom(t *testing.T, start StartOn) {
 			}
 			reader.Ask("Get:old\nGet:none\nPing", "old:1", ":PONG")
 		}
-
 		is.Equal(t, "bytes for who changed nothing", patient.Conn.(*world.Conn).Unread(), 3*len(":OK 0\n"))
 
 		// A chain that waits for its turn has written, too.
