@@ -159,8 +159,8 @@ func (c *config) tell(w io.Writer, err error) error {
 // isTerminal reports whether f is a terminal.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
-	null, nullErr := os.Stat(os.DevNull) // a character device, too, but no terminal
-	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
+	null, _ := os.Stat(os.DevNull) // a character device, too, but no terminal
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && !os.SameFile(info, null)
 }
 
 // ---- flags and the environment
@@ -1199,7 +1199,7 @@ func reachable(addr string) string {
 	host, port, _ := net.SplitHostPort(addr) // parseFlags has checked it
 
 	// A server with one of these hosts listens at all addresses of the machine.
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+	if host == "" || net.ParseIP(host).IsUnspecified() {
 		host = "localhost"
 	}
 	if host == "localhost" {

@@ -380,23 +380,23 @@ func parseKeyValue(q *Query, arguments string) (ok bool) {
 }
 
 func parseKeyOldNew(q *Query, arguments string) bool {
-	key, values, one := cutColon(arguments)
-	oldValue, newValue, two := cutColon(values)
+	key, values, _ := cutColon(arguments)
+	oldValue, newValue, ok := cutColon(values)
 
 	// With a third colon nobody could tell where the old value ends.
 	q.key, q.args = key, [2]string{oldValue, newValue}
-	return one && two && key != "" && strings.IndexByte(newValue, ':') < 0
+	return ok && key != "" && strings.IndexByte(newValue, ':') < 0
 }
 
 // maxSeconds is the longest time after which a key can expire: over a hundred years.
 const maxSeconds = 4_000_000_000
 
 func parseLease(q *Query, arguments string) bool {
-	key, rest, one := cutColon(arguments)
-	seconds, value, two := cutColon(rest)
+	key, rest, _ := cutColon(arguments)
+	seconds, value, ok := cutColon(rest)
 
 	q.key, q.args[0] = key, value
-	return one && two && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
+	return ok && key != "" && q.parseSeconds(seconds, 1, maxSeconds)
 }
 
 // maxTakeSeconds is the longest time that a Take can wait: an hour.

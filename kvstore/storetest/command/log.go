@@ -24,7 +24,8 @@ func LogMayEnd(t *testing.T, program protocol.Program) {
 		r, w, err := os.Pipe()
 		is.OK(t, err)
 
-		cmd := program("-addr", "127.0.0.1:0", "-v")
+		cmd := program() // without a word
+		cmd.Env = append(cmd.Env, "KVSERVER_ADDR=127.0.0.1:0", "KVSERVER_V=1")
 		cmd.Stderr = w
 		is.OK(t, cmd.Start())
 		w.Close()
@@ -71,7 +72,8 @@ func LogTellsOfAFailingDisk(t *testing.T, program protocol.Program) {
 
 			failed, stopping := regexp.MustCompile(want).FindIndex(rest), bytes.Index(rest,
 				[]byte("stopping"))
-			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping {
+			if cmd.ProcessState.ExitCode() != exitFailure || failed == nil || failed[0] > stopping ||
+				bytes.Count(rest, []byte("ERROR")) != 1 {
 				t.Errorf("%s: exit code %d, the log is\n%s", format, cmd.ProcessState.ExitCode(), rest)
 			}
 		})

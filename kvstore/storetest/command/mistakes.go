@@ -23,7 +23,7 @@ type mistake struct{ args, what, todo string }
 // FlagMistakes ensures that each mistake and failure at the start is reported in two lines, what
 // happened and what to do, with the right exit code. said returns what is said about a command line
 // that is wrong, without a process; explain, what is said about a wrong value of a flag. Nothing is
-// said about the least and the most that a flag takes.
+// said about edges, and about a check of an empty directory.
 func FlagMistakes(t *testing.T, program protocol.Program, said func(args []string) string,
 	explain func(flag string) string) {
 
@@ -64,7 +64,7 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 		}
 	}
 
-	for _, args := range edges {
+	for _, args := range slices.Concat(edges, []string{"check " + t.TempDir()}) {
 		is.Equal(t, "what is said about "+args, said(strings.Split(args, " ")), "")
 	}
 
@@ -183,9 +183,10 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 	"-addr localhost", "-max-line 63", "-max-line 1073741825", "-max-memory 63999999", "-fsync 999us",
 	"-fsync 1h1ns"}
 
-// edges are the least and the most that flags take.
+// edges are the least and the most that flags take, and requests that only the server refuses.
 var edges = []string{"-max-line 64", "-max-line 1GiB", "-max-memory 0", "-max-memory 64MB", "-max-clients 1",
-	"-max-queues 0", "-write-timeout 0s", "-addr 0", "-addr 65535", "-data d -fsync 1ms", "-data d -fsync 1h"}
+	"-max-queues 0", "-write-timeout 0s", "-addr 0", "-addr 65535", "-data d -fsync 1ms", "-data d -fsync 1h",
+	"-c Putt:a:b Gett:a"}
 
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {
@@ -196,7 +197,11 @@ func failuresWithData(t *testing.T, program string) []mistake {
 	os.WriteFile(filepath.Join(lost, "STORE"), []byte("what is this"), 0o600)
 	os.WriteFile(filepath.Join(full, "STORE"), nil, 0o600)
 	store := OpenStore(t, inUse)
-	t.Cleanup(func() { store.Close() })
+	t.Cleanup(func() {
+		store.Close()
+		copies, _ := os.ReadDir(beside)
+		is.Equal(t, "directories of copies that failed", len(copies), 0)
+	})
 
 	return []mistake{
 		{"backup " + foreign + " " + filepath.Join(beside, "copy"), "not a data directory: ",
@@ -337,13 +342,43 @@ func ManualOnAFullDisk(t *testing.T, program protocol.Program) {
 
 	dir := t.TempDir()
 	OpenStore(t, dir).Close()
-	for _, args := range []string{"-h", "-version", "help", "help flags", "check " + dir} {
+	damaged := t.TempDir() // what a check fails with counts more
+	os.WriteFile(filepath.Join(damaged, "STORE"), []byte("what is this"), 0o600)
+
+	for _, args := range []string{"-h", "-version", "help", "help flags", "check " + dir, "check " + damaged} {
 		cmd := program(strings.Fields(args)...)
 		cmd.Stdout = full
 		_, errs, code := protocol.Outputs(cmd)
-		if code != exitFailure || strings.Count(errs, "\n") != 2 ||
-			!strings.HasPrefix(errs, "kvserver: cannot write the output: ") {
-			t.Errorf("%s: exit code %d, it says %q", args, code, errs)
+		want := "kvserver: cannot write the output: "
+		if strings.HasSuffix(args, damaged) {
+			want = "kvserver: " + damaged + " is damaged: "
+		}
+		if code != exitFailure || strings.Count(errs, "\n") != 2 || !strings.HasPrefix(errs, want) {
+			t.Errorf("%s: exit code %d, it says %q, want %q", args, code, errs, want)
 		}
 	}
+}
+
+// RepairSaysWhatIsLost ensures that a repair fails if and only if something is lost.
+func RepairSaysWhatIsLost(t *testing.T, program protocol.Program) {
+	t.Parallel()
+	path := t.TempDir()
+	dir := filepath.Join(path, "data")
+	os.Mkdir(dir, 0o700)
+	store := OpenStore(t, dir)
+	for range 3 {
+		store.Put("k", "v")
+		is.OK(t, store.Commit())
+	}
+	store.Close()
+	program.Prints(t, "", "", true, "repair", dir, filepath.Join(path, "whole"))
+
+	name := filepath.Join(dir, "seg-1.log")
+	b, _ := os.ReadFile(name)
+	b[100] ^= 1 // a bit in the first frame
+	os.WriteFile(name, b, 0o600)
+
+	_, errs, code := protocol.Outputs(program("repair", dir, filepath.Join(path, "saved")))
+	is.In(t, "what a repair of a damaged store says", errs, "is lost")
+	is.Equal(t, "its exit code", code, exitFailure)
 }

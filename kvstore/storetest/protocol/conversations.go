@@ -225,7 +225,7 @@ func refused() []Conversation {
 		mistakes("Set", "a key and a value, as in Set:key:value", "Set:k", "Set::v"),
 		mistakes("Remove", "a key and a value, as in Remove:key:value", "Remove:k", "remove"),
 		mistakes("Add", "a key and a value, as in Add:key:value", "Add:k", "Add::v"),
-		mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get"),
+		mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get", "Get::b"),
 		mistakes("Delete", "a key, without a colon in it, as in Delete:key", "Delete:k:1", "Delete:"),
 		mistakes("Count", "a key, without a colon in it, as in Count:key", "Count:", "Count:k:1", "Count"),
 		mistakes("Swap", "a key, an old and a new value, none with a colon in it, as in "+
@@ -249,7 +249,7 @@ func refused() []Conversation {
 		mistakes("Help", "nothing behind it, as in Help", "Help:me"),
 
 		// Lines that look like a request, or do not.
-		hints("hints", [][2]string{{"get fruit", "Get:fruit"}, {"set a b", "Set:a:b"},
+		hints("hints", [][2]string{{"12", ""}, {"get fruit", "Get:fruit"}, {"set a b", "Set:a:b"},
 			{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
 			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},

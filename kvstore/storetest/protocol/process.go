@@ -48,6 +48,9 @@ func ListeningAddr(t testing.TB, log *bufio.Reader) (addr string) {
 		if m := regexp.MustCompile(
 			`"?msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([0-9.:\[\]]+)`).FindStringSubmatch(
 			line); m != nil {
+			if !regexp.MustCompile(`"(nc [0-9a-z.:]+ \d+|kvserver help TLS)"`).MatchString(line) {
+				t.Errorf("the log does not say what to try: %s", line)
+			}
 			return m[1]
 		}
 	}
