@@ -451,10 +451,10 @@ func (c config) checkRequests() error {
 				cmp.Or(otherWords[word], meant))
 		}
 
-		// Two arguments that are no requests may be the words of one. A single one may be a file.
+		// Two arguments that are no requests may be the words of one. One may be a file.
 		why, rest := "", c.requests[i:]
 		switch {
-		case len(c.requests) == 1 && refusal(request) != "" && isFile(request):
+		case refusal(request) != "" && isFile(request):
 			return problem(fmt.Sprintf("%q is a file, not a request", request),
 				"Send the lines in it: kvserver -c < "+request)
 		case trimCR(request) == "" || request[0] == '-' || strings.Contains(request, "\n"):
@@ -547,11 +547,11 @@ var units = map[string]int64{"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
 func parseSize(text string) (int64, error) {
 	number := strings.TrimRightFunc(text, unicode.IsLetter)
 	unit, isUnit := units[strings.ToLower(text[len(number):])]
-	n, err := strconv.ParseInt(strings.TrimRight(number, " "), 10, 64)
-	if err != nil || !isUnit || n < 0 || n > math.MaxInt64/unit {
+	n, err := strconv.ParseUint(strings.TrimRight(number, " "), 10, 63)
+	if err != nil || !isUnit || int64(n) > math.MaxInt64/unit {
 		return 0, errors.New("no size")
 	}
-	return n * unit, nil
+	return int64(n) * unit, nil
 }
 
 // version returns the module version that the binary was built from: a tag, or the time and the
@@ -667,8 +667,6 @@ func beServer(c config) error {
 // later one is logged, and errTold is returned.
 func serve(c config, log *queuedLog) error {
 	ctx, restore := signal.NotifyContext(context.Background(), stopSignals()...)
-	defer restore()
-
 	warnOfVariables(log.Logger, os.Environ()) // it may explain what goes wrong later
 	log.Info("starting", "version", version(), "go", runtime.Version(), "pid", os.Getpid())
 	s := New(nil) // openStore sets the store
@@ -712,11 +710,11 @@ func serve(c config, log *queuedLog) error {
 	// The server serves until a signal stops it, or the lock is lost, or the store fails.
 	select {
 	case <-ctx.Done():
-		restore() // a second SIGINT or SIGTERM ends the process at once
 	case <-data.Lost():
 		err = data.WhyLost()
 	case err = <-s.Failed():
 	}
+	restore() // a further SIGINT or SIGTERM ends the process at once
 	return stop(c, log, s, data, err)
 }
 

@@ -575,7 +575,7 @@ func didYouMean(line string) string {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
 
 		// The last value may hold separators.
-		if verbs[t].effect != replaces && len(args) > n && n > 1 {
+		if verbs[t].effect != replaces && len(args) > n {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 

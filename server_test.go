@@ -131,6 +131,9 @@ func TestFlagsAreDocumented(t *testing.T) {
 	var c config
 	flags, saidDefaults := c.flags(), 0
 	lines := strings.Split(strings.TrimSuffix(helpText(flags), "\n"), "\n")
+	for _, name := range helpFlags {
+		is.In(t, "the help text", helpText(flags), "\n  -"+name+" ")
+	}
 	if len(lines) > 24 {
 		t.Errorf("the help text has %d lines, want at most 24", len(lines))
 	}
@@ -297,41 +300,8 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 	}
 }
 
-// Ensure that a variable with a typing error in its name is noticed, and that variables of other
-// programs are not.
-func TestFlagsUnknownInTheEnvironment(t *testing.T) {
-	var log bytes.Buffer
-	warnOfVariables(slog.New(slog.NewTextHandler(&log, nil)), []string{
-		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
-		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
-		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
-		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999", "KVSERVER_C=1", "KVSERVER_PORTS=1",
-	})
-
-	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
-	if len(lines) != 4 || !strings.Contains(lines[2], "name=KVSERVER_C todo=\"kvserver help flags") ||
-		!strings.Contains(lines[3], "name=KVSERVER_PORTS ") ||
-		!strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
-		!strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
-		t.Errorf("the log says\n%s", &log)
-	}
-}
-
-// Ensure that sizes are read as people write them.
-func TestFlagSizes(t *testing.T) {
-	for text, want := range map[string]int64{
-		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000,
-		"1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40,
-		"": -1, "MB": -1, "1.5GB": -1, "-1": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1,
-		"0x10": -1,
-	} {
-		n, err := parseSize(text)
-		if err != nil {
-			n = -1
-		}
-		is.Equal(t, text, n, want)
-	}
-}
+func TestFlagsUnknownInTheEnvironment(t *testing.T) { command.UnknownVariables(t, warnOfVariables) }
+func TestFlagSizes(t *testing.T)                    { command.FlagSizes(t, parseSize) }
 
 func TestRepairBesideASilentEtcd(t *testing.T) { command.RepairBesideASilentEtcd(t, binary) }
 
@@ -510,11 +480,11 @@ func TestLogNeverBlocks(t *testing.T) {
 func TestLogCountsLostLinesOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var text strings.Builder
-		log := newLog(&text, false, false)
+		log := newLog(&text, false, true)
 		for _, lost := range []int64{2, 0, 3, 0} {
 			log.counts.lost.Add(lost)
-			log.Info("a line")
-			log.flush()
+			log.Debug("a line")
+			is.Within(t, 0, 0, log.flush)
 		}
 		close(log.lines)
 
@@ -938,6 +908,11 @@ func TestCommandSaysWhatToDo(t *testing.T) {
 	denied := &net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", syscall.EACCES)}
 	wantTodo(t, dialProblem("unix:/run/sock", denied), "ls -l /run/sock")
 	wantTodo(t, listenProblem("http", ":80", syscall.EACCES), "for the administrator: choose -http 9999")
+	wantTodo(t, listenProblem("addr", ":80", io.EOF), "Choose another address: kvserver -addr localhost:9999")
+
+	closed, _ := os.Open(os.DevNull) // as an output of a service may be
+	closed.Close()
+	is.Equal(t, "a closed file is a terminal", isTerminal(closed), false)
 
 	// Only a server that listens everywhere is looked for on localhost.
 	is.Equal(t, "the address of another machine", reachable("192.0.2.1:5"), "192.0.2.1:5")
@@ -3221,6 +3196,7 @@ func TestListenNoticesVanishedClients(t *testing.T) {
 }
 
 func TestListenOnAUnixSocket(t *testing.T) { command.ListenOnAUnixSocket(t, binary) }
+func TestListenForWatchers(t *testing.T)   { command.ListenForWatchers(t, binary) }
 
 // ---- server.go: watching
 

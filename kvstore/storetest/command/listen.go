@@ -2,10 +2,13 @@ package command
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,6 +44,12 @@ func ListenOnSeveralAddresses(t *testing.T, program protocol.Program, serve Serv
 	if answer != ":PONG\n" {
 		t.Errorf("behind one that says nothing -ping prints %q", answer)
 	}
+
+	// One that is full is not passed over: the next one may have other data.
+	_, full, fullLog := program.Start(t, "-addr", "127.0.0.1:0", "-max-clients", "1")
+	go io.Copy(io.Discard, fullLog)
+	protocol.DialTCP(t, full).Ask("Ping", ":PONG")
+	program.Prints(t, "", "has no room for one more client", true, "-addr", full+","+here, "-ping")
 
 	program.Prints(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere,
 		"-ping")
@@ -110,6 +119,37 @@ func ListenOnAUnixSocket(t *testing.T, program protocol.Program) {
 	protocol.Stop(t, cmd, log, syscall.SIGTERM)
 	_, err = os.Lstat(path)
 	is.Equal(t, "the socket of a server that has stopped has gone", errors.Is(err, fs.ErrNotExist), true)
+}
+
+// ListenForWatchers ensures that a server says where its data is, and that -http shows the numbers of
+// the data and of the log.
+func ListenForWatchers(t *testing.T, program protocol.Program) {
+	t.Parallel()
+	for _, data := range [][]string{nil, {"-data", t.TempDir()}} {
+		at := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+		cmd := program(append(data, "-addr", "127.0.0.1:0", "-http", at)...)
+		pipe, _ := cmd.StderrPipe()
+		is.OK(t, cmd.Start())
+		defer cmd.Process.Kill()
+
+		var start bytes.Buffer
+		log, says := bufio.NewReader(io.TeeReader(pipe, &start)), "data is kept"
+		if data == nil {
+			says = "data is in memory only and lost on exit"
+		}
+		protocol.ListeningAddr(t, log)
+		is.In(t, "the log", start.String(), "watching", says)
+
+		answer, err := http.Get("http://" + at + "/metrics")
+		is.OK(t, err)
+		page, _ := io.ReadAll(answer.Body)
+		answer.Body.Close()
+
+		is.In(t, "the page", string(page), "kvserver_active 1\n", "kvserver_log_lines_lost_total 0\n")
+		is.Equal(t, "the page tells of a disk", strings.Contains(string(page), "kvserver_fsync_seconds"),
+			data != nil)
+		protocol.Stop(t, cmd, log, os.Interrupt)
+	}
 }
 
 // freePort returns a port that was free a moment ago.

@@ -2,7 +2,10 @@ package command
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
+	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -70,7 +73,7 @@ func FlagMistakes(t *testing.T, program protocol.Program, said func(args []strin
 
 	for _, arg := range []string{"-h", "-help", "-version"} {
 		out, errs, code := protocol.Outputs(program(arg))
-		isOdd := arg == "-version" && strings.ContainsAny(out, "()")
+		isOdd := arg == "-version" && (strings.ContainsAny(out, "()") || strings.Contains(out, "unknown"))
 		if code != 0 || errs != "" || !strings.Contains(out, "kvserver") || isOdd {
 			t.Errorf("%s: exit code %d, prints %q and %q", arg, code, out, errs)
 		}
@@ -136,8 +139,8 @@ var misuses = []mistake{
 		"kvserver help lists the headings."},
 	{"help backup nosuch", `no heading or table of the manual has "backup nosuch"`,
 		"kvserver help lists the headings."},
-	{"Get:a", `unexpected argument "Get:a"`,
-		"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
+	{"Get:b", `unexpected argument "Get:b"`,
+		"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:b"},
 	{"-c get fruit", `unknown request "get fruit"; did you mean Get:fruit ?`,
 		"Each argument is one request"},
 	{"-c set a b", `unknown request "set a b"; did you mean Set:a:b ?`,
@@ -186,7 +189,7 @@ var wrongValues = []string{"-log xml", "-http x", "-max-line many", "-max-line 0
 // edges are the least and the most that flags take, and requests that only the server refuses.
 var edges = []string{"-max-line 64", "-max-line 1GiB", "-max-memory 0", "-max-memory 64MB", "-max-clients 1",
 	"-max-queues 0", "-write-timeout 0s", "-addr 0", "-addr 65535", "-data d -fsync 1ms", "-data d -fsync 1h",
-	"-c Putt:a:b Gett:a"}
+	"-data etcd://a:1/kv -fsync always", "-c Putt:a:b Gett:a", "-c kvstore", "-c foo Get:a"}
 
 // failuresWithData are those of data directories. program is a file that is none.
 func failuresWithData(t *testing.T, program string) []mistake {
@@ -238,6 +241,10 @@ func failuresToConnect(t *testing.T) []mistake {
 	port, dir := portTaken(t), t.TempDir()
 	file, sock, long := filepath.Join(dir, "photo.jpg"), filepath.Join(dir, "sock"), dir+strings.Repeat("/x", 60)
 	os.WriteFile(file, nil, 0o600)
+	t.Cleanup(func() {
+		_, err := os.Lstat(sock)
+		is.Equal(t, "a server that does not start leaves no socket", os.IsNotExist(err), true)
+	})
 
 	return []mistake{
 		{"-addr localhost:0 -http " + port,
@@ -303,6 +310,42 @@ func failuresOfTLS(t *testing.T) []mistake {
 	}
 }
 
+// UnknownVariables ensures that a variable with a typing error in its name is noticed, and that
+// variables of other programs are not.
+func UnknownVariables(t *testing.T, warn func(log *slog.Logger, environment []string)) {
+	var log bytes.Buffer
+	warn(slog.New(slog.NewTextHandler(&log, nil)), []string{
+		"KVSERVER_ADR=:1", "KVSERVER_MAXMEMORY=5", "KVSERVER_DATA=x", "KVSERVER_FSYNC=always",
+		"KVSERVER_V=1", "HOME=/", "KVSERVER_VERSION=1",
+		"KVSERVER_SERVICE_HOST=10.0.0.1", "KVSERVER_PORT=tcp://10.0.0.1:9999",
+		"KVSERVER_PORT_9999_TCP=x", "KVSERVER_SERVICE_PORT=9999", "KVSERVER_C=1", "KVSERVER_PORTS=1",
+	})
+
+	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+	if len(lines) != 4 || !strings.Contains(lines[2], "name=KVSERVER_C todo=\"kvserver help flags") ||
+		!strings.Contains(lines[3], "name=KVSERVER_PORTS ") ||
+		!strings.Contains(lines[0], "name=KVSERVER_ADR todo=\"Did you mean KVSERVER_ADDR ? ") ||
+		!strings.Contains(lines[1], "name=KVSERVER_MAXMEMORY todo=\"Did you mean KVSERVER_MAX_MEMORY ? ") {
+		t.Errorf("the log says\n%s", &log)
+	}
+}
+
+// FlagSizes ensures that parse reads sizes as people write them.
+func FlagSizes(t *testing.T, parse func(text string) (int64, error)) {
+	for text, want := range map[string]int64{
+		"0": 0, "77": 77, "1kB": 1000, "1KiB": 1024, "64MB": 64_000_000, "64mb": 64_000_000,
+		"1GiB": 1 << 30, "2 GB": 2_000_000_000, "3TiB": 3 << 40, "9223372036854775807": math.MaxInt64,
+		"": -1, "MB": -1, "1.5GB": -1, "-2": -1, "1 B": -1, "9999999999GB": -1, "1GiBB": -1,
+		"0x10": -1,
+	} {
+		n, err := parse(text)
+		if err != nil {
+			n = -1
+		}
+		is.Equal(t, text, n, want)
+	}
+}
+
 // portTaken returns a port where somebody listens until the test ends, and answers nothing.
 func portTaken(t *testing.T) string {
 	taken, err := net.Listen("tcp", "localhost:0")
@@ -317,7 +360,7 @@ func portTaken(t *testing.T) string {
 func RepairBesideASilentEtcd(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	for _, args := range [][]string{{"check", "etcd://127.0.0.1:1/kv"},
-		{"backup", "etcd://127.0.0.1:1/kv", t.TempDir()}} {
+		{"backup", "etcd://127.0.0.1:1/kv", t.TempDir()}, {"backup", t.TempDir(), "etcd://127.0.0.1:1/kv"}} {
 		cmd := program(args...)
 		pipe, _ := cmd.StderrPipe()
 		is.OK(t, cmd.Start())

@@ -16,25 +16,36 @@ import (
 	"kvserver/kvstore/storetest/protocol"
 )
 
-// SignalsWhileLoading ensures that a signal ends the process while the data is loaded.
+// SignalsWhileLoading ensures that a signal ends the process while the data is loaded, even if the
+// disk does not answer.
 func SignalsWhileLoading(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := exec.Command("mkfifo", filepath.Join(dir, "STORE")).Run(); err != nil {
+	file := filepath.Join(dir, "STORE") // that nobody writes
+	if err := exec.Command("mkfifo", file).Run(); err != nil {
 		t.Logf("without mkfifo there is no load that lasts: %v", err)
 		return
 	}
 
+	stuck := program("-addr", "127.0.0.1:0", "-tls-cert", file, "-tls-key", file)
+	pipe, _ := stuck.StderrPipe()
+	is.OK(t, stuck.Start())
+	defer stuck.Process.Kill()
+	log := bufio.NewReader(pipe)
+	log.ReadString('\n')
+	protocol.Stop(t, stuck, log, os.Interrupt, "because the disk does not answer")
+
 	cmd := program("-addr", "127.0.0.1:0", "-data", dir)
-	pipe, _ := cmd.StderrPipe()
+	cmd.Env = append(cmd.Env, "KVSERVER_ADR=1")
+	pipe, _ = cmd.StderrPipe()
 	is.OK(t, cmd.Start())
 	defer cmd.Process.Kill()
-	log := bufio.NewReader(pipe)
-	if line, err := log.ReadString('\n'); err != nil || !strings.Contains(line, "msg=starting") {
-		t.Errorf("the log begins with %q, %v", line, err)
-	}
+	log = bufio.NewReader(pipe)
+	line, err := log.ReadString('\n')
+	is.OK(t, err)
+	is.In(t, "the first line", line, "unknown variable in the environment")
 
-	protocol.Stop(t, cmd, log, os.Interrupt, `msg="opening the data" at=`+dir,
+	protocol.Stop(t, cmd, log, os.Interrupt, "msg=starting", `msg="opening the data" at=`+dir,
 		"stopped while opening the data")
 }
 
@@ -61,31 +72,41 @@ func SignalsStopCleanly(t *testing.T, program protocol.Program) {
 	}
 }
 
-// SignalsTwice ensures that a second signal ends at once a server whose stop takes a while.
+// SignalsTwice ensures that a signal ends at once a server whose stop takes a while, whether another
+// signal is the cause of the stop or the disk.
 func SignalsTwice(t *testing.T, program protocol.Program) {
 	t.Parallel()
-	end := ""
-	for range 5 { // on a busy machine the stop may be over before the second signal comes
-		cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0")
-		mute := protocol.DialTCP(t, addr)
-		mute.Send(strings.Repeat("Put:k:"+strings.Repeat("v", 1<<19)+"\n", 30) + "Get:k\n")
-		mute.Read() // and nothing more, so the stop waits for it
-
-		cmd.Process.Signal(syscall.SIGTERM)
-		for line := ""; !strings.Contains(line, "msg=stopping"); {
-			var err error
-			line, err = log.ReadString('\n')
-			is.OK(t, err)
+	for what, stop := range map[string]func(cmd *exec.Cmd, dir string){
+		"a signal":       func(cmd *exec.Cmd, _ string) { cmd.Process.Signal(syscall.SIGTERM) },
+		"a failing disk": func(_ *exec.Cmd, dir string) { os.Rename(dir, dir+".old") },
+	} {
+		end := "" // on a busy machine the stop may be over before the signal comes
+		for try := 0; try < 5 && end != "signal: terminated"; try++ {
+			end = endOfStop(t, program, stop)
 		}
-		cmd.Process.Signal(syscall.SIGTERM)
-		cmd.Wait()
-		mute.Close()
-
-		if end = cmd.ProcessState.String(); end == "signal: terminated" {
-			return
-		}
+		is.Equal(t, "the end of a server that stops after "+what, end, "signal: terminated")
 	}
-	t.Errorf("after two signals: %s", end)
+}
+
+// endOfStop returns how a server ends that is sent a signal after stop has made it begin to stop.
+func endOfStop(t *testing.T, program protocol.Program, stop func(cmd *exec.Cmd, dir string)) string {
+	dir := filepath.Join(t.TempDir(), "data")
+	os.Mkdir(dir, 0o700)
+	cmd, addr, log := program.Start(t, "-addr", "127.0.0.1:0", "-data", dir)
+	mute := protocol.DialTCP(t, addr)
+	mute.Send(strings.Repeat("Put:k:"+strings.Repeat("v", 1<<19)+"\n", 30) + "Get:k\n")
+	mute.Read() // and nothing more, so the stop waits for it
+
+	stop(cmd, dir)
+	for line := ""; !strings.Contains(line, "msg=stopping"); {
+		var err error
+		line, err = log.ReadString('\n')
+		is.OK(t, err)
+	}
+	cmd.Process.Signal(syscall.SIGTERM)
+	cmd.Wait()
+	mute.Close()
+	return cmd.ProcessState.String()
 }
 
 // SignalsOnATerminal ensures that SIGHUP, by which a terminal says that it was closed, stops a

@@ -118,8 +118,11 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 				}
 			}()
 
-			good, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard),
+			var out bytes.Buffer
+			good, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(&out),
 				Errs: io.Discard, Stop: c.stops})
+			is.Equal(t, "whole lines of data are shown", out.String() == "a:b\n",
+				strings.Contains(c.answers, "\na:b\n"))
 			if good || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("after %q: %v, %v, want %v %s", c.answers, good, err, c.want, c.text)
 			}
@@ -285,7 +288,7 @@ func ClientSendsLongLines(t *testing.T, talker Talker, most int) {
 		r.ReadString('\n')
 		io.WriteString(theirs, ":OK 0\n")
 
-		line := "Put:k:" + strings.Repeat("v", 8*most)
+		line := "Put:k:" + strings.Repeat("v\x00", 4*most) // a part of it looks like UTF-16
 		go io.WriteString(end, line)
 		start := make([]byte, 7*most)
 		io.ReadFull(r, start) // without the end of the line

@@ -151,13 +151,16 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 	}
 }
 
-// DumpOfAStoreThatCannotList ensures that a store that cannot list its keys says so.
+// DumpOfAStoreThatCannotList ensures that a store that cannot list its keys, or let them expire,
+// says so.
 func DumpOfAStoreThatCannotList(t *testing.T, start StartOn) {
 	synctest.Test(t, func(t *testing.T) {
 		a := start.on(t, kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})).Dial(t)
 		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
 		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
-		a.Ask("Ping", ":PONG")
+		a.Ask("Lease:k:5:v", ":ERROR line 3: this store keeps every key until somebody deletes it")
+		a.Ask("Add:k:v\nExpire:k:5", ":ERROR line 5: this store keeps every key until somebody deletes it")
+		a.Ask("Ack\nCount:k", ":OK 0", ":OK 1")
 	})
 }
 
