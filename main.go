@@ -1008,7 +1008,7 @@ func lookAt(command, path, to string) (report durable.Report, err error) {
 	// A check only reads.
 	if command == "check" {
 		report, err = durable.Check(dir)
-		if err == nil && report.Empty && etcd.IsAddress(path) { // the prefix is probably wrong
+		if report.Empty && etcd.IsAddress(path) { // the prefix is probably wrong
 			return durable.Report{}, fmt.Errorf("%w at %s", durable.ErrNoStore, path)
 		}
 		return report, err

@@ -95,6 +95,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -305,57 +306,7 @@ func TestFlagSizes(t *testing.T)                    { command.FlagSizes(t, parse
 
 func TestRepairBesideASilentEtcd(t *testing.T) { command.RepairBesideASilentEtcd(t, binary) }
 
-// Ensure that the binary prints its manual: all headings, or the parts whose heading has all words.
-func TestManual(t *testing.T) {
-	var all, part bytes.Buffer
-	if err := printManual(&all, nil); err != nil || strings.Contains(all.String(), "#") {
-		t.Errorf("without a word: %v, %s", err, &all)
-	}
-	for words, want := range map[string]string{"-FSYNC": "^-fsync WHEN\n",
-		"take": "^Take:key, Take:key:seconds\n", "timeout": "^-write-timeout TIME\n(.*\n)*-timeout TIME\n"} {
-		part.Reset()
-		err := printManual(&part, []string{words})
-		if err != nil || !regexp.MustCompile(want).MatchString(part.String()) {
-			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)
-		}
-	}
-
-	for _, words := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair",
-		"check repair", "Repair CHECK", "more than one machine"} {
-		part.Reset()
-		err := printManual(&part, strings.Fields(words))
-		heading, _, _ := strings.Cut(part.String(), "\n")
-		for word := range strings.FieldsSeq(strings.ToLower(words)) {
-			if err != nil || !strings.HasPrefix(heading, "#") ||
-				!strings.Contains(strings.ToLower(heading), word) {
-				t.Errorf("help %s: %v, it begins with %q", words, err, heading)
-			}
-		}
-
-		if text := part.String(); len(text) < 100 || strings.Contains(text, "|--") ||
-			strings.Count(text, "\n## ") > 0 {
-			t.Errorf("help %s prints no part of the README, two, or a raw table: %s", words, text)
-		}
-	}
-
-	// A table is printed a cell a line, without what Markdown needs and without its head.
-	part.Reset()
-	printPart(&part, "## Flags\n\nAll:\n\n| flag | is |\n|---|---|\n| `-a N` | "+
-		strings.Repeat("a `word` ", 20)+"|\n| `-b` |  | last |\n")
-	if want := "## Flags\n\nAll:\n\n-a N\n    " + strings.Repeat("a word ", 10) + "a word\n    " +
-		strings.Repeat("a word ", 8) + "a word\n-b\n    last\n\n"; part.String() != want {
-		t.Errorf("a table is printed as\n%s\nwant\n%s", &part, want)
-	}
-
-	// Who asks a command for help gets its part.
-	part.Reset()
-	err := runCommand("check", []string{"-h"}, &part)
-	const want = "## Keeping the data: backup, restore, check, repair\n"
-	if err != nil || !strings.HasPrefix(part.String(), want) {
-		t.Errorf("check -h: %v, it prints %.60q, want %q", err, &part, want)
-	}
-}
-
+func TestManual(t *testing.T)            { command.Manual(t, printManual, printPart, runCommand) }
 func TestManualOnAFullDisk(t *testing.T) { command.ManualOnAFullDisk(t, binary) }
 
 // ---- main.go: the README
@@ -574,8 +525,58 @@ func TestSignalsWhileAllDataIsWritten(t *testing.T) {
 
 		log.flush()
 		close(log.lines)
-		is.In(t, "the log", text.Take(), "waits until all data is written again")
+		is.Equal(t, "lines that say why", strings.Count(text.Take(), "waits until all data is written again"), 2)
 	})
+}
+
+// Ensure that a stop gives up if the disk does not answer.
+func TestSignalsWhileTheDiskHangs(t *testing.T) {
+	const name = "KVSERVER_TEST_HANG" // the stop ends its process, which must be another one
+	if os.Getenv(name) == "" {
+		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout=1m")
+		cmd.Env = append(os.Environ(), name+"=1")
+		_, errs, code := protocol.Outputs(cmd)
+		is.Equal(t, "its exit code", code, exitFailure)
+		is.In(t, "the log", errs, ":05.000", "stopping takes too long, giving up") // stopTime
+		return
+	}
+
+	synctest.Test(t, func(t *testing.T) {
+		dir := storetest.New()
+		db := storeIn(t, dir, nil)
+		dir.Before = func(storetest.Call) error { select {} }
+		stop(config{}, newLog(os.Stderr, false, false), New(nil), db, nil)
+	})
+}
+
+// Ensure that the log says whether strangers can reach the server, and how to try it.
+func TestStartTellsWhatToTry(t *testing.T) {
+	for _, c := range []struct {
+		c       config
+		at, try string
+		isOpen  bool
+	}{
+		{config{}, "127.0.0.1:5", `"nc 127.0.0.1 5"`, false},
+		{config{}, "[::]:5", `"nc localhost 5"`, true},
+		{config{cert: "c"}, "192.0.2.1:5", `"kvserver help TLS"`, true},
+		{config{cert: "c", clientCA: "ca"}, "192.0.2.1:5", `"kvserver help TLS"`, false},
+	} {
+		n := newFakeNet()
+		tellStart(c.c, n.server, []net.Listener{listenerAt{n, c.at}})
+		said := n.log.Take()
+		is.In(t, "the log", said, "try="+c.try)
+		is.Equal(t, c.at+" is open", strings.Contains(said, "anyone who can reach this address"), c.isOpen)
+	}
+}
+
+// listenerAt is a listener that seems to listen at an address.
+type listenerAt struct {
+	net.Listener
+	at string
+}
+
+func (l listenerAt) Addr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(l.at))
 }
 
 func TestFullDiskRefusesWrites(t *testing.T) { command.FullDiskRefusesWrites(t, binary) }

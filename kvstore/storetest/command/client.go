@@ -44,7 +44,8 @@ func ClientLeavesTheLine(t *testing.T, program protocol.Program, serve Serve) {
 }
 
 // ClientOutput ensures that -out writes the answers into a file, byte for byte, leaves it as it is
-// if no server answers, and reports a file that it cannot write.
+// if no server answers, and reports a file that it cannot write; that -c fails if the server refuses
+// a request; and that it tells only a user who types requests where it is connected.
 func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	t.Parallel()
 	addr := serve(t)
@@ -53,16 +54,38 @@ func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	a.HangUp()
 
 	file := filepath.Join(t.TempDir(), "Dump")
-	var out []byte
-	var err error
 	for range 2 { // the second time beside a file with the request's name
 		cmd := program("-addr", addr, "-c", "-out", file, "Dump")
 		cmd.Dir = filepath.Dir(file)
-		out, err = cmd.CombinedOutput()
+		out, err := cmd.CombinedOutput()
+		is.OK(t, err)
+		is.Equal(t, "what it prints", string(out), "")
 	}
 	program.Prints(t, "", "cannot connect", false, "-addr", "1", "-c", "-out", file, "Dump") // it stays
-	if text, _ := os.ReadFile(file); err != nil || len(out) > 0 || string(text) != "Put:k:\xff\xfe\r\r\n" {
-		t.Errorf("%v, it prints %q, the file has %q", err, out, text)
+	text, _ := os.ReadFile(file)
+	is.Equal(t, "what the file has", string(text), "Put:k:\xff\xfe\r\r\n")
+
+	out, errs, code := protocol.Outputs(program("-addr", addr, "-c", "Put:k", "Ping"))
+	is.Equal(t, "what it says", out+errs, ":PONG\n"+
+		"line 1: Put needs a key and a value, as in Put:key:value; got \"Put:k\"\n")
+	is.Equal(t, "its exit code", code, exitFailure)
+
+	// This device seems to be a terminal.
+	if terminal, err := os.Open("/dev/zero"); err == nil {
+		defer terminal.Close()
+		cmd := program("-addr", addr, "-c", "Set:k:v", "Get:k")
+		cmd.Stdin = terminal
+		out, errs, _ := protocol.Outputs(cmd)
+		is.Equal(t, "what it says of arguments", out+errs, "k:v\n")
+
+		cmd = program("-addr", addr, "-c")
+		cmd.Stdin = terminal
+		pipe, _ := cmd.StderrPipe()
+		is.OK(t, cmd.Start())
+		line, _ := bufio.NewReader(pipe).ReadString('\n')
+		is.Equal(t, "what it says to a user", line, "connected to "+addr+"; Help lists the requests, Ctrl-D ends\n")
+		cmd.Process.Kill()
+		cmd.Wait()
 	}
 
 	for name, want := range map[string]string{t.TempDir(): "cannot write the answers: open ",

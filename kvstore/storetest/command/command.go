@@ -3,7 +3,7 @@
 // where clients are tried, the address of a server.
 //
 //	mistakes.go  mistakes on the command line, and commands that fail
-//	readme.go    the README's programs and commands
+//	readme.go    the README's programs and commands, and what the program prints of it
 //	units.go     the README's files for systemd and Prometheus
 //	log.go       a log that nobody reads, and what it says of failures
 //	signals.go   how it stops, and that a full disk is no reason to

@@ -53,6 +53,8 @@ func ListenOnSeveralAddresses(t *testing.T, program protocol.Program, serve Serv
 
 	program.Prints(t, "", "cannot connect to "+nowhere+","+nowhere, false, "-addr", nowhere+","+nowhere,
 		"-ping")
+	program.Prints(t, "Put:k\n", "kvserver: "+here+": stopped at", false, "-addr", nowhere+","+here, "-c",
+		"-stop")
 	program.Prints(t, "", "None of them serves.", false, "-addr", nowhere+","+nowhere, "-ping")
 	program.Prints(t, "", "cannot listen on "+here+": ", false, "-addr", nowhere+","+here) // one is taken
 

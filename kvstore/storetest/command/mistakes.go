@@ -220,6 +220,8 @@ func failuresWithData(t *testing.T, program string) []mistake {
 				damaged},
 		{"backup " + inUse + " " + inUse, "a store cannot be copied into itself: " + inUse,
 			"Nothing was changed. Give another directory"},
+		{"backup etcd://127.0.0.1:1/kv etcd://127.0.0.1:1/kv/copy", "a store cannot be copied into itself: ",
+			"Nothing was changed. Give another directory"},
 		{"repair " + lost + " " + full, "a copy needs a new or an empty directory",
 			"Nothing was copied. Give another directory"},
 
@@ -402,7 +404,8 @@ func ManualOnAFullDisk(t *testing.T, program protocol.Program) {
 	}
 }
 
-// RepairSaysWhatIsLost ensures that a repair fails if and only if something is lost.
+// RepairSaysWhatIsLost ensures that a repair fails if and only if something is lost, and that a backup
+// copies nothing then.
 func RepairSaysWhatIsLost(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	path := t.TempDir()
@@ -424,4 +427,5 @@ func RepairSaysWhatIsLost(t *testing.T, program protocol.Program) {
 	_, errs, code := protocol.Outputs(program("repair", dir, filepath.Join(path, "saved")))
 	is.In(t, "what a repair of a damaged store says", errs, "is lost")
 	is.Equal(t, "its exit code", code, exitFailure)
+	program.Prints(t, "", "kvserver: "+name+" is damaged", false, "backup", dir, filepath.Join(path, "copy"))
 }

@@ -148,3 +148,58 @@ func playTLS(t *testing.T, lines []string, dir string, program protocol.Program,
 		}
 	}
 }
+
+// Manual ensures that all headings of the manual are printed, or the parts whose heading has all
+// words. printPart prints a part, and run runs a command.
+func Manual(t *testing.T, print func(w io.Writer, words []string) error,
+	printPart func(w io.Writer, part string),
+	run func(command string, args []string, out io.Writer) error) {
+
+	var all, part bytes.Buffer
+	if err := print(&all, nil); err != nil || strings.Contains(all.String(), "#") {
+		t.Errorf("without a word: %v, %s", err, &all)
+	}
+	for words, want := range map[string]string{"-FSYNC": "^-fsync WHEN\n",
+		"take": "^Take:key, Take:key:seconds\n", "timeout": "^-write-timeout TIME\n(.*\n)*-timeout TIME\n"} {
+		part.Reset()
+		err := print(&part, []string{words})
+		if err != nil || !regexp.MustCompile(want).MatchString(part.String()) {
+			t.Errorf("help %s: %v, it prints %.60q, want %q", words, err, &part, want)
+		}
+	}
+
+	for _, words := range []string{"systemd", "backup", "TLS", "tls", "flags", "etcd", "repair",
+		"check repair", "Repair CHECK", "more than one machine"} {
+		part.Reset()
+		err := print(&part, strings.Fields(words))
+		heading, _, _ := strings.Cut(part.String(), "\n")
+		for word := range strings.FieldsSeq(strings.ToLower(words)) {
+			if err != nil || !strings.HasPrefix(heading, "#") ||
+				!strings.Contains(strings.ToLower(heading), word) {
+				t.Errorf("help %s: %v, it begins with %q", words, err, heading)
+			}
+		}
+
+		if text := part.String(); len(text) < 100 || strings.Contains(text, "|--") ||
+			strings.Count(text, "\n## ") > 0 || strings.Contains(text, "\n-tls-key FILE\n") != (words == "flags") {
+			t.Errorf("help %s prints no part of the README, two, or a raw table: %s", words, text)
+		}
+	}
+
+	// A table is printed a cell a line, without what Markdown needs and without its head.
+	part.Reset()
+	printPart(&part, "## Flags\n\nAll:\n\n| flag | is |\n|---|---|\n| `-a N` | "+
+		strings.Repeat("a `word` ", 20)+"|\n| `-b` |  | last |\n")
+	if want := "## Flags\n\nAll:\n\n-a N\n    " + strings.Repeat("a word ", 10) + "a word\n    " +
+		strings.Repeat("a word ", 8) + "a word\n-b\n    last\n\n"; part.String() != want {
+		t.Errorf("a table is printed as\n%s\nwant\n%s", &part, want)
+	}
+
+	// Who asks a command for help gets its part.
+	part.Reset()
+	err := run("check", []string{"-h"}, &part)
+	const want = "## Keeping the data: backup, restore, check, repair\n"
+	if err != nil || !strings.HasPrefix(part.String(), want) {
+		t.Errorf("check -h: %v, it prints %.60q, want %q", err, &part, want)
+	}
+}
