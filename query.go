@@ -348,8 +348,7 @@ func (q *Query) parse(line string) {
 
 	// A key with a colon in it is the usual mistake. A Put with it wrote to another key: say which.
 	why := v.name + " needs " + v.needs + ", as in " + v.form + "; got " + quote(line)
-	key, _, more := strings.Cut(arguments, ":")
-	if more && key != "" && v.needs == needsKey {
+	if key, _, _ := strings.Cut(arguments, ":"); key != "" && v.needs == needsKey {
 		why += "; a Put like that wrote to the key " + quote(key) +
 			", for a key ends at its first colon"
 	}
@@ -571,11 +570,11 @@ func didYouMean(line string) string {
 	}
 
 	// Offer the client's own request if its arguments fit and can be shown.
-	if n := strings.Count(verbs[t].form, ":"); whole && n > 0 && verbs[t].effect != noKey {
+	if n := strings.Count(verbs[t].form, ":"); whole && verbs[t].effect != noKey {
 		args := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(gap, r) })
 
 		// The last value may hold separators.
-		if verbs[t].effect != replaces && len(args) > n {
+		if len(args) > n {
 			args = []string{args[0], strings.TrimLeft(rest[len(args[0]):], gap)}
 		}
 
@@ -616,8 +615,7 @@ func oneSlip(a, b string) bool {
 	case -1:
 		return a == b[1:]
 	case 0:
-		return a != "" && (a[1:] == b[1:] || len(a) > 1 && a[0] == b[1] && a[1] == b[0] &&
-			a[2:] == b[2:])
+		return a != "" && (a[1:] == b[1:] || a[0] == b[1] && a[1] == b[0] && a[2:] == b[2:])
 	}
 
 	return false
@@ -699,7 +697,7 @@ func (q *Query) deadline(now clock) (at int64) {
 func runTimeLeft(q *Query, db kvstore.Store, now clock) {
 	// Without a deadline, n is 1 if the key is there and 0 if not.
 	at, goes := db.Deadline(q.key)
-	q.n = times(goes || db.Count(q.key) > 0)
+	q.n = times(db.Count(q.key) > 0)
 	q.key = ""
 
 	if goes {

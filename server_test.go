@@ -443,6 +443,7 @@ func TestLogCountsLostLinesOnce(t *testing.T) {
 		none, w := io.Pipe()
 		none.Close()
 		broken := newLog(w, false, false)
+		broken.Debug("a line that is not for the log")
 		broken.Info("a line")
 		broken.flush()
 		close(broken.lines)
@@ -1779,6 +1780,7 @@ func TestExpireInTheMillisecond(t *testing.T) {
 	s := New(db)
 	end := time.UnixMilli(5000)
 	db.PutUntil("later", "v", end.UnixMilli()+1)
+	db.Put("stays", "v")
 	for after, want := range map[time.Duration]int{-time.Millisecond: 1, 0: 0} {
 		db.Delete("k")
 		db.PutUntil("k", "v", end.UnixMilli())
@@ -1790,7 +1792,10 @@ func TestExpireInTheMillisecond(t *testing.T) {
 		for range list.snapshot.All() {
 			listed++
 		}
-		is.Equal(t, fmt.Sprint("keys in a list ", after, " after its end"), listed, want+1)
+		for range list.snapshot.All() { // which may end early
+			break
+		}
+		is.Equal(t, fmt.Sprint("keys in a list ", after, " after its end"), listed, want+2)
 
 		q := &Query{queryType: get, key: "k"}
 		s.run(q)

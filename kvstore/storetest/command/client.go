@@ -44,8 +44,8 @@ func ClientLeavesTheLine(t *testing.T, program protocol.Program, serve Serve) {
 }
 
 // ClientOutput ensures that -out writes the answers into a file, byte for byte, leaves it as it is
-// if no server answers, and reports a file that it cannot write; that -c fails if the server refuses
-// a request; and that it tells only a user who types requests where it is connected.
+// if no server answers, and reports a file that it cannot write; that -c fails if the server
+// refuses a request; and that only a user who types requests is told where -c is connected.
 func ClientOutput(t *testing.T, program protocol.Program, serve Serve) {
 	t.Parallel()
 	addr := serve(t)

@@ -123,8 +123,8 @@ func ListenOnAUnixSocket(t *testing.T, program protocol.Program) {
 	is.Equal(t, "the socket of a server that has stopped has gone", errors.Is(err, fs.ErrNotExist), true)
 }
 
-// ListenForWatchers ensures that a server says where its data is, and that -http shows the numbers of
-// the data and of the log.
+// ListenForWatchers ensures that a server says where its data is, and that -http shows the numbers
+// of the data and of the log.
 func ListenForWatchers(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	for _, data := range [][]string{nil, {"-data", t.TempDir()}} {

@@ -252,7 +252,7 @@ func failuresToConnect(t *testing.T) []mistake {
 		{"-addr localhost:0 -http " + port,
 			fmt.Sprintf("cannot listen on localhost:%s: ", port),
 			"Stop what listens there, or choose another port or path. Port 0 takes a free one."},
-		{"-addr 1 -ping", "cannot connect to localhost:1: ",
+		{"-addr 1 -ping", "cannot connect to localhost:1: connect",
 			"Nobody listens there. A server that loads"},
 		{"-addr 1 -c Get:a", "cannot connect to localhost:1: ", "Nobody listens there"},
 
@@ -270,7 +270,7 @@ func failuresToConnect(t *testing.T) []mistake {
 		{"-addr unix:/no/such/sock -ping", "cannot connect to unix:/no/such/sock: ",
 			"Nobody listens there"},
 
-		{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: ",
+		{"-addr no.such.host.invalid:1 -ping", "cannot connect to no.such.host.invalid:1: lookup ",
 			"Nobody listens there. A server that loads"},
 		{"-addr " + port + " -timeout 500ms -ping",
 			fmt.Sprintf("cannot connect to localhost:%s: no answer for 500ms", port),
@@ -404,8 +404,8 @@ func ManualOnAFullDisk(t *testing.T, program protocol.Program) {
 	}
 }
 
-// RepairSaysWhatIsLost ensures that a repair fails if and only if something is lost, and that a backup
-// copies nothing then.
+// RepairSaysWhatIsLost ensures that a repair fails if and only if something is lost, and that a
+// backup copies nothing then.
 func RepairSaysWhatIsLost(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	path := t.TempDir()

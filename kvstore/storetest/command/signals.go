@@ -72,8 +72,8 @@ func SignalsStopCleanly(t *testing.T, program protocol.Program) {
 	}
 }
 
-// SignalsTwice ensures that a signal ends at once a server whose stop takes a while, whether another
-// signal is the cause of the stop or the disk.
+// SignalsTwice ensures that a signal ends at once a server whose stop takes a while, whether
+// another signal is the cause of the stop or the disk.
 func SignalsTwice(t *testing.T, program protocol.Program) {
 	t.Parallel()
 	for what, stop := range map[string]func(cmd *exec.Cmd, dir string){

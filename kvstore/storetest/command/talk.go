@@ -95,7 +95,8 @@ func ClientLosesItsServer(t *testing.T, talker Talker) {
 		{"", ":OK 0\n", talker.Gone, "", false},
 		{"Quit:a\n", ":OK 0\n:ERROR line 2: Quit needs nothing behind it\n", talker.Gone, "", false},
 		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\x46", talker.Silent,
-			"", false}, // a TLS server's unexpected_message
+			"", false}, // a TLS server's protocol_version
+		{"Get:a\n", "\x15\x03\x01\x00\x02\x02\n", talker.Silent, "", false}, // its unexpected_message
 		{strings.Repeat("Put:a:b\n", 100_000), ":OK 0\n" + strings.Repeat(":OK 1\n", 10),
 			talker.Unanswered, "", false},
 		{"Get:a\n", "", talker.Silent, "", false},
@@ -248,6 +249,7 @@ func ClientRefusesUTF16(t *testing.T, talker Talker, start protocol.Start) {
 		"\x00P\x00i\x00n\x00g\x00\n":                              talker.UTF16,
 		"\xff\xfe":                                                talker.UTF16,
 		"\xff\xfe\n\x00Put:a:b\n":                                 talker.UTF16,
+		"A\x00c\x00k\x00\n\x00":                                   talker.UTF16,
 
 		"\r\x00\nPut:a:b\n": nil, "\n": nil, "a\n": nil,
 	} {
@@ -311,41 +313,55 @@ func ClientSendsLongLines(t *testing.T, talker Talker, most int) {
 }
 
 // ClientTimeout ensures that -timeout ends a conversation with a server that has stopped answering,
-// but counts neither a pause between requests nor an answer that comes in parts.
+// or does not close the connection when the input has ended, but counts neither a pause between
+// requests nor an answer that comes in parts.
 func ClientTimeout(t *testing.T, talker Talker) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
-		in, typed := io.Pipe()
-		go func() {
-			r := bufio.NewReader(theirs)
-			r.ReadString('\n')
-			io.WriteString(theirs, ":OK 0\n")
+	for _, ends := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) { clientTimeout(t, talker, ends) })
+	}
+}
 
-			// A request comes a minute after the last answer, and its own answer some seconds
-			// later.
-			for range 3 {
-				<-time.After(time.Minute)
-				io.WriteString(typed, "Ping\n")
-				r.ReadString('\n')
-				<-time.After(4 * time.Second)
-				io.WriteString(theirs, ":PONG\n")
-			}
+// clientTimeout is ClientTimeout with a server that goes silent when a request comes, or when the
+// input ends.
+func clientTimeout(t *testing.T, talker Talker, ends bool) {
+	ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+	in, typed := io.Pipe()
+	go func() {
+		r := bufio.NewReader(theirs)
+		r.ReadString('\n')
+		io.WriteString(theirs, ":OK 0\n")
+
+		// A request comes a minute after the last answer, and its own answer some seconds
+		// later.
+		for range 3 {
 			<-time.After(time.Minute)
 			io.WriteString(typed, "Ping\n")
-		}()
-
-		began := time.Now()
-		_, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard), Errs: io.Discard,
-			Timeout: 5 * time.Second})
-		if took := time.Since(began); !errors.Is(err, talker.Quiet) ||
-			took != 3*64*time.Second+time.Minute+5*time.Second {
-			t.Errorf("%v after %v", err, took)
+			r.ReadString('\n')
+			<-time.After(4 * time.Second)
+			io.WriteString(theirs, ":PONG\n")
 		}
+		<-time.After(time.Minute)
+		if ends {
+			typed.Close()
+		}
+		for range 3 { // the first one counts
+			io.WriteString(typed, "Ping\n")
+			<-time.After(2 * time.Second)
+		}
+	}()
 
-		ours.Close()
-		theirs.Close()
-		in.Close()
-	})
+	began := time.Now()
+	good, _, err := talker.Talk(Talk{Conn: ours, In: in, Out: Closing(io.Discard), Errs: io.Discard,
+		Timeout: 5 * time.Second})
+	if took := time.Since(began); good != ends || !ends && !errors.Is(err, talker.Quiet) ||
+		took != 3*64*time.Second+time.Minute+5*time.Second {
+		t.Errorf("%v after %v", err, took)
+	}
+
+	ours.Close()
+	theirs.Close()
+	in.Close()
+	world.Pass(6 * time.Second) // until nothing is typed any more
 }
 
 // ClientBesideASilentServer ensures that -timeout limits silence, not an answer that takes long
@@ -400,28 +416,30 @@ func ClientBesideASilentServer(t *testing.T, talker Talker, connectTime time.Dur
 }
 
 // ClientOnATerminal ensures that a user at a terminal sees the answer to each request, also to a
-// write.
+// write, in their order, and that a Quit ends the conversation at once.
 func ClientOnATerminal(t *testing.T, talker Talker, start protocol.Start) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var screen Screen
 		in, typed := io.Pipe()
 		go func() {
-			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\n"} {
+			for _, line := range []string{"Put:k:v\n", "\n", "Get:k\nget k\n", "Quit\n"} {
 				<-time.After(time.Second)
 				io.WriteString(typed, line)
 			}
-			<-time.After(time.Second)
-			typed.Close()
 		}()
 
 		n := start(t)
-		if good, _, err := talker.Talk(Talk{Conn: n.Dial(t).Conn, In: in, Out: Closing(&screen),
-			Errs: &screen, IsTyped: true}); !good || err != nil ||
-			screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n" {
-			t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
-		}
+		is.Within(t, 4*time.Second, 4*time.Second, func() {
+			if good, _, err := talker.Talk(Talk{Conn: n.Dial(t).Conn, In: in, Out: Closing(&screen),
+				Errs: &screen, IsTyped: true}); good || err != nil ||
+				screen.String() != ":OK 1\n:OK 0\nk:v\n:OK 1\n"+
+					"line 4: unknown request \"get k\"; did you mean Get:k ?\n:OK 0\n" {
+				t.Errorf("%v, %v, the screen shows %q", good, err, &screen)
+			}
+		})
 
+		in.Close()
 		n.HangUp()
 	})
 }
@@ -442,7 +460,7 @@ func ClientFailsWithItsFiles(t *testing.T, talker Talker, start protocol.Start) 
 
 		a := n.Dial(t)
 		if _, _, err := talker.Talk(Talk{Conn: a.Conn, In: in, Out: Closing(io.Discard),
-			Errs: io.Discard}); !errors.Is(err, broken) {
+			Errs: io.Discard}); !errors.Is(err, broken) || err.Error() != "reading the requests: broken" {
 			t.Errorf("the input fails: %v", err)
 		}
 		a.Close()

@@ -164,7 +164,7 @@ func aboutBytes() []Conversation {
 		{"any bytes", "Put:\x00\xff:\x01\xfe\r\nGet:\x00\xff\n", "\x00\xff:\x01\xfe\n"},
 
 		// Ends of lines.
-		{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\n", "k:a\nk:b\r\n"},
+		{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\nTake:k\nTake:k\n", "k:a\nk:b\r\nk:a\nk:b\r\n"},
 		{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
 		{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
 		{"blank lines count", "\n\r\n\r\x00\nfoo\n",
@@ -253,13 +253,19 @@ func refused() []Conversation {
 			{"SET a b c", "Set:a:b c"}, {"del a", "Delete:a"}, {"Gett:a", "Get:a"},
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
 			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
-			{"upadxe a b c", ""}, {"getxy a", ""}, {"pxx a b", ""}, {"dlet a", ""}, // two slips
+			{"gat a", "Get:a"}, {"uxt a b", ""},
+			{"update a b c d", "Update:key:old:new"}, {"upadxe a b c", ""}, {"getxy a", ""}, {"pxx a b", ""}, {"dlet a", ""}, // two slips
 			{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
 
 		{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
 			":ERROR line 1: unknown request \"\\ufeffPut:bom:1\"; did you mean Put:bom:1 ?\n"},
-		{"long nonsense is cut", strings.Repeat("x", 41) + "\n",
-			":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n"},
+		{"long nonsense is cut", strings.Repeat("x", 41) + "\n" + strings.Repeat("x", 40) + "\n",
+			":ERROR line 1: unknown request \"" + strings.Repeat("x", 40) + "\"...; Help lists the requests\n" +
+				":ERROR line 2: unknown request \"" + strings.Repeat("x", 40) + "\"; Help lists the requests\n"},
+		hints("a request of 40 bytes is offered", [][2]string{{"set a " + strings.Repeat("b", 34),
+			"Set:a:" + strings.Repeat("b", 34)}}),
+		{"no longer request is offered", "set a " + strings.Repeat("b", 35) + "\n", ":ERROR line 1: unknown " +
+			"request \"set a " + strings.Repeat("b", 34) + "\"...; did you mean Set:key:value ?\n"},
 		{"no part of a long line is offered", "set a b" + strings.Repeat(" ", 80) + "c\n",
 			":ERROR line 1: unknown request \"set a b" + strings.Repeat(" ", 33) +
 				"\"...; did you mean Set:key:value ?\n"},
@@ -333,6 +339,8 @@ func aboutOthers() []Conversation {
 		{"redis-cli", "*1\r\n$7\r\nCOMMAND\r\nPut:k:a\nPing\n", badRESP},
 		{"RESP without an array", "\n$4\nPing\n", badRESP},
 		{"not RESP", "*\nPing\n", ":ERROR line 1: unknown request \"*\"; Help lists the requests\n:PONG\n"},
+		{"a price is not RESP", "$5.20\nPing\n",
+			":ERROR line 1: unknown request \"$5.20\"; Help lists the requests\n:PONG\n"},
 		{"RESP too late", "Ping\n*1\nPing\n",
 			":PONG\n:ERROR line 2: unknown request \"*1\"; Help lists the requests\n:PONG\n"},
 

@@ -155,12 +155,15 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 // says so.
 func DumpOfAStoreThatCannotList(t *testing.T, start StartOn) {
 	synctest.Test(t, func(t *testing.T) {
-		a := start.on(t, kvstore.StoreOf(struct{ kvstore.KVStore }{kvstore.NewMemory()})).Dial(t)
+		held := kvstore.NewMemory()
+		a := start.on(t, kvstore.StoreOf(struct{ kvstore.KVStore }{held})).Dial(t)
 		a.Ask("Keys", ":ERROR line 1: this store cannot list its keys")
 		a.Ask("Dump", ":ERROR line 2: this store cannot list its keys")
 		a.Ask("Lease:k:5:v", ":ERROR line 3: this store keeps every key until somebody deletes it")
 		a.Ask("Add:k:v\nExpire:k:5", ":ERROR line 5: this store keeps every key until somebody deletes it")
 		a.Ask("Ack\nCount:k", ":OK 0", ":OK 1")
+		keys, _, _ := held.Size()
+		is.Equal(t, "keys", keys, 1)
 	})
 }
 
@@ -425,7 +428,8 @@ func (s slowDeletes) Delete(key string) int {
 	return s.Memory.Delete(key)
 }
 
-// RoomForEveryWrite ensures that a store is asked for room for all that a write adds to its log.
+// RoomForEveryWrite ensures that a store is asked for room for all that a write adds to its log, and
+// is told how much it removes.
 func RoomForEveryWrite(t *testing.T, start StartOn) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
@@ -449,17 +453,21 @@ func RoomForEveryWrite(t *testing.T, start StartOn) {
 				is.Between(t, "bytes in the log of "+verb, int64(len(data)-size), 1, db.asked+100)
 			}
 			size = len(data)
+			is.Equal(t, "values that are removed by "+name, db.removes,
+				map[string]int{"Remove": 1, "Take": 1, "Delete": math.MaxInt}[name])
 		}
 	})
 }
 
-// roomCounter is a store that notes for how many bytes it was asked last.
+// roomCounter is a store that notes for how many bytes it was asked last, and how many values the
+// request may remove.
 type roomCounter struct {
 	*durable.Store
-	asked int64
+	asked   int64
+	removes int
 }
 
 func (r *roomCounter) Room(key string, bytes int64, removes int) error {
-	r.asked = bytes
+	r.asked, r.removes = bytes, removes
 	return r.Store.Room(key, bytes, removes)
 }
