@@ -550,6 +550,19 @@ func TestSignalsWhileTheDiskHangs(t *testing.T) {
 	})
 }
 
+// Ensure that a stop fails, and says why, if the data cannot be closed.
+func TestSignalsBesideABrokenDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, text := storetest.New(), new(command.Screen)
+		db, log := storeIn(t, dir, nil), newLog(text, false, false)
+		dir.Before = func(storetest.Call) error { return errors.New("broken") }
+		is.Equal(t, "the result", stop(config{}, log, New(nil), db, nil), errTold)
+		log.flush()
+		close(log.lines)
+		is.In(t, "the log", text.Take(), "the data cannot be kept any more", "broken")
+	})
+}
+
 // Ensure that the log says whether strangers can reach the server, and how to try it.
 func TestStartTellsWhatToTry(t *testing.T) {
 	for _, c := range []struct {
@@ -767,6 +780,8 @@ func TestCommand(t *testing.T) {
 			{in: "Get:k\nPing:x\n\nget k\nGet:k\n", out: "k:v\nk:w\n:PONG x\nk:v\nk:w\n",
 				errs: "line 4: unknown request \"get k\"; did you mean Get:k ?\n"},
 			{in: "Get:k\nDelete:k", out: "k:v\nk:w\n",
+				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
+			{in: "Get:k\n\r", out: "k:v\nk:w\n",
 				errs: "line 2: the last line has no newline at its end, so it was not run\n"},
 			{in: "Get:k\nquit\n", out: "k:v\nk:w\n", good: true},
 			{in: "Get:k\r\n\r\nQUIT\r\nDelete:k\n", out: "k:v\nk:w\n", err: errUnanswered},

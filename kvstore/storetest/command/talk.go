@@ -486,6 +486,15 @@ func ClientFailsWithItsFiles(t *testing.T, talker Talker, start protocol.Start) 
 			a.Close()
 		}
 
+		// That the server was lost counts more.
+		ours, theirs := world.Pipe(world.StreamSize, world.StreamSize)
+		go answerAndGo(theirs, ":OK 0\n", true)
+		if _, _, err := talker.Talk(Talk{Conn: ours, Requests: []string{"Get:k"}, Errs: io.Discard,
+			Out: closesWith{io.Discard, broken}}); !errors.Is(err, talker.Unanswered) {
+			t.Errorf("the server is lost, and the output fails: %v", err)
+		}
+		ours.Close()
+
 		n.HangUp()
 	})
 }
