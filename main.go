@@ -451,7 +451,7 @@ func (c config) checkRequests() error {
 				cmp.Or(otherWords[word], meant))
 		}
 
-		// Two arguments that are no requests may be the words of one. One may be a file.
+		// An argument that is no request may be a file, and two may be the words of one request.
 		why, rest := "", c.requests[i:]
 		switch {
 		case refusal(request) != "" && isFile(request):

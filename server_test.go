@@ -61,7 +61,8 @@
 //	Log output can neither stop nor end a server
 //		TestLogNeverBlocks, TestLogMayEnd, TestLogTellsOfAFailingDisk
 //	Stopping is bounded, and answers what was read
-//		TestCloseInEveryState, TestCloseUnderASteadyReader, TestCloseWithTLS, TestEndByHalfClose
+//		TestCloseInEveryState, TestCloseUnderASteadyReader, TestCloseWithTLS, TestEndByHalfClose,
+//		TestSignalsWhileTheDiskHangs
 //	An fsync counts for what it covered, and no file is trusted whose fsync failed
 //		TestPowerFailsBesideEverything, TestFsyncDuringWrite, TestEveryCallFails
 //	A key is gone for everybody when its time is over, and stays gone
@@ -248,7 +249,7 @@ func TestFlagsInTheEnvironment(t *testing.T) {
 		t.Errorf("with an empty value and a version: %+v, %v", c, err)
 	}
 
-	t.Setenv("KVSERVER_LOG", "json") // of a server: no client writes so
+	t.Setenv("KVSERVER_LOG", "json") // for a server; what a client says is text
 	for _, args := range [][]string{{"-ping", "x"}, {"-c", ""}} {
 		is.In(t, "what is said", misuseOf(args), "kvserver: ")
 	}
