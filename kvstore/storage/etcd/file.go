@@ -41,10 +41,9 @@ type pieceFile struct {
 	extent
 
 	// For writing.
-	buf    []byte // bytes that were written after the last piece, and are not sent yet
-	tail   []byte // the bytes of the last, small pieces
-	tails  int    // how many pieces tail holds
-	before []byte // the key of the piece before them; nil: there is none
+	buf   []byte // bytes that were written after the last piece, and are not sent yet
+	tail  []byte // the bytes of the last, small pieces
+	tails int    // how many pieces tail holds
 	// etcd was full when the first bytes of buf were sent, so it is not known whether it has them
 	isUnsure bool
 
@@ -137,7 +136,7 @@ func (f *pieceFile) reread() (changed bool, err error) {
 	}
 
 	// The bytes of these pieces are not known, so they cannot be joined.
-	f.tail, f.tails, f.before = nil, 0, f.last
+	f.tail, f.tails = nil, 0
 	return !slices.Equal(was.pieces, f.pieces), nil
 }
 
@@ -445,16 +444,15 @@ func (f *pieceFile) put() (n int, err error) {
 		packed = pack(data)
 	}
 
-	p, before := piece{number: f.count, start: f.size, size: int64(len(data))}, f.last
+	p := piece{number: f.count, start: f.size, size: int64(len(data))}
 	var ops []operation
 	if joins {
 		p.start -= int64(len(f.tail))
-		before = f.before
 		ops = append(ops, deleteKeys(f.from(f.count-f.tails), f.from(f.count))) // data has their bytes
 	}
 
 	began := time.Now()
-	if err := f.add(p, packed, before, ops...); err != nil {
+	if err := f.add(p, packed, ops...); err != nil {
 		if err == errSmaller { // the link or etcd needs smaller pieces
 			f.d.client.wasTooMuch(len(packed))
 		}
@@ -471,7 +469,7 @@ func (f *pieceFile) put() (n int, err error) {
 		f.d.client.garbage.Add(int64(len(f.tail)))
 		fallthrough
 	case f.isTailFull(n):
-		f.tail, f.tails, f.before = f.tail[:0], 0, f.last
+		f.tail, f.tails = f.tail[:0], 0
 	default:
 		f.tail = append(f.tail, data...)
 		f.tails++
@@ -495,11 +493,11 @@ func (f *pieceFile) isTailFull(n int) bool {
 }
 
 // add applies ops and puts a piece in one transaction, if the file still has its name, and etcd
-// still has the piece whose key is before: so no write can leave a hole.
-func (f *pieceFile) add(p piece, data, before []byte, ops ...operation) error {
+// still has the file's last piece: so no write can leave a hole.
+func (f *pieceFile) add(p piece, data []byte, ops ...operation) error {
 	compare := []comparison{isValue(f.d.key("n/"+f.name), []byte(f.id))}
-	if before != nil {
-		compare = append(compare, exists(before))
+	if f.last != nil {
+		compare = append(compare, exists(f.last))
 	}
 	if err := f.d.do(len(data), append(ops, putKey(f.key(p), data)), compare...); err != nil {
 		return err
@@ -521,7 +519,7 @@ func (f *pieceFile) cut(size int64) error {
 	}
 
 	// An empty piece marks the new end for every reader.
-	err := f.add(piece{number: f.count, start: size}, nil, f.last)
+	err := f.add(piece{number: f.count, start: size}, nil)
 	if err == errUnlike {
 		err = f.d.lock.miss(err)
 	}
@@ -530,7 +528,7 @@ func (f *pieceFile) cut(size int64) error {
 	}
 
 	// Join only pieces after the cut: the one before it may have lost its end.
-	f.tail, f.tails, f.before = nil, 0, f.last
+	f.tail, f.tails = nil, 0
 	return nil
 }
 
@@ -587,6 +585,6 @@ func (f *pieceFile) Truncate(size int64) error {
 // Close releases memory. It does not send: Sync must come first.
 func (f *pieceFile) Close() error {
 	defer f.access.enter()()
-	f.page, f.tail, f.tails, f.before = nil, nil, 0, f.last
+	f.page, f.tail, f.tails = nil, nil, 0
 	return nil
 }
