@@ -438,11 +438,7 @@ func (c *cluster) adopt(ctx context.Context) error {
 // but 200.
 func (c *cluster) exchange(ctx context.Context, url string, request any,
 	answer *response) error {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return err
-	}
-
+	body, _ := json.Marshal(request)
 	r, err := http.NewRequestWithContext(ctx, "POST", url, bytes.NewReader(body))
 	if err != nil {
 		return err
