@@ -239,22 +239,15 @@ func (d *directory) each(from, end []byte, do func([]keyValue) error) error {
 // storage.ErrNoRoom. After that, an errSmaller or a storage.ErrGone it is not known whether ops
 // were applied. An errUnlike says that a comparison of a write does not hold.
 func (d *directory) do(size int, ops []operation, compare ...comparison) error {
-	if d.lock == nil {
-		return errors.New("written without the lock")
-	}
-
-	// If the lock is lost, perhaps it is not known whether the last change was made. No other may
-	// follow: it would have the same step.
-	if err := context.Cause(d.lock.ctx); err != nil {
-		return err
-	}
-
 	// If a comparison fails, read the lock and the step, to find out why.
 	step, first := d.key("step"), ops[0].Put
 	isStep := first != nil && bytes.Equal(first.Key, step)
 	t := transaction{Compare: append(compare, d.lock.isOurs()), Success: ops,
 		Failure: []operation{readKey(d.key("lock")), readKey(step)}}
-	for {
+
+	// If the lock is lost, perhaps it is not known whether the last change was made. No other may
+	// follow: it would have the same step.
+	for d.lock.ctx.Err() == nil {
 		answer, err := d.call("kv/txn", t, size)
 		lock, is := answer.read(0).KVs, answer.read(1).KVs
 		switch {
@@ -267,9 +260,7 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 			if size > 0 {
 				return fmt.Errorf("%w: %w", storage.ErrNoRoom, err)
 			}
-			if err := wait(d.lock.ctx, beatTime); err != nil {
-				return err
-			}
+			wait(d.lock.ctx, beatTime)
 			continue
 
 		case err != nil: // ops may still be applied: the next transaction cannot know what it follows
@@ -291,10 +282,9 @@ func (d *directory) do(size int, ops []operation, compare ...comparison) error {
 		d.lock.retake(d.lock.ctx)
 
 		// retake may fail for a while, such as in a full etcd: try again until beat gives up.
-		if cause := wait(d.lock.ctx, pauseTime); cause != nil {
-			return cause
-		}
+		wait(d.lock.ctx, pauseTime)
 	}
+	return context.Cause(d.lock.ctx)
 }
 
 // stepValue is the value of the key step after n changes.
@@ -513,7 +503,6 @@ func (d *directory) check() (isKnown bool) {
 	if len(d.lost) == 0 {
 		d.lock.mended.Store(missed)
 	}
-	d.lock.wake()
 	return true
 }
 

@@ -53,7 +53,7 @@ type clusterLock struct {
 	revision  atomic.Int64              // of etcd when that sign arrived
 	missed    atomic.Int64              // how often something of ours was found missing
 	mended    atomic.Int64              // the value of missed when last nothing was missing
-	// from wake to Held, which then checks again; one slot, because one signal is enough
+	// from confirm to Held, which then checks again; one slot, because one signal is enough
 	beaten  chan struct{}
 	beating context.Context // beat's context: ends at Close, or when ctx ends
 	stop    context.CancelFunc
@@ -82,16 +82,7 @@ func (l *clusterLock) fail(err error) error {
 // storage.ErrGone.
 func (l *clusterLock) miss(err error) error {
 	l.missed.Add(1)
-	l.wake()
 	return fmt.Errorf("%w: %w", storage.ErrGone, err)
-}
-
-// wake wakes Held, which then checks again.
-func (l *clusterLock) wake() {
-	select {
-	case l.beaten <- struct{}{}:
-	default:
-	}
 }
 
 // judge finds out why a comparison has failed, and notes it. lock is what etcd has now: somebody
@@ -374,7 +365,10 @@ func (l *clusterLock) confirm(sent time.Time, answer response) {
 	l.revision.Store(answer.Header.Revision)
 	l.confirmed.Store(&sent)
 	l.d.opts.Status.Confirm(sent)
-	l.wake()
+	select { // wake Held
+	case l.beaten <- struct{}{}:
+	default:
+	}
 }
 
 // age is how old the last sign of life is, by the monotonic clock or the wall clock, whichever says
@@ -390,7 +384,7 @@ func (l *clusterLock) Lost() <-chan struct{} { return l.ctx.Done() }
 // Held returns nil if nobody else can have had the lock up to now. If the last sign of life is too
 // old, it waits for the next one: if that arrives, nobody has had the lock.
 func (l *clusterLock) Held() error {
-	for l.age() >= freshTime && !l.isGone() && l.ctx.Err() == nil {
+	for l.age() >= freshTime && l.ctx.Err() == nil {
 		select {
 		case <-l.beaten:
 		case <-l.ctx.Done():
@@ -414,17 +408,14 @@ func (l *clusterLock) Verify() error {
 func (l *clusterLock) beat() {
 	defer close(l.ended)
 	for l.beating.Err() == nil {
-		// If a sign does not arrive, send the next one soon.
-		sent, pause := time.Now(), pauseTime
-		if l.show(sent) {
-			pause = time.Until(sent.Add(beatTime))
-		}
-		wait(l.beating, pause)
+		sent := time.Now()
+		l.show(sent)
+		wait(l.beating, time.Until(sent.Add(beatTime)))
 	}
 }
 
-// show shows one sign of life, and reports whether it has arrived.
-func (l *clusterLock) show(sent time.Time) bool {
+// show shows one sign of life.
+func (l *clusterLock) show(sent time.Time) {
 	t := transaction{
 		Compare: []comparison{l.isOurs()},
 		Success: []operation{putKey(l.d.key("lock"), l.value)},
@@ -448,7 +439,6 @@ func (l *clusterLock) show(sent time.Time) bool {
 		l.d.client.noteFull(isFull)
 		l.confirm(sent, answer)
 		l.silent = false
-		return true
 
 	// The lock is another one, or missing: judge ends ours, or retake takes it again.
 	case err == nil:
@@ -470,7 +460,6 @@ func (l *clusterLock) show(sent time.Time) bool {
 	default:
 		l.fail(err)
 	}
-	return false
 }
 
 // Close gives the lock back, so that another server can take it at once. A lost lock stays lost.
