@@ -123,6 +123,10 @@ func TestEtcdSweepAgain(t *testing.T) {
 		if err := dir.Sync(); err != nil || len(e.orphans()) > 0 {
 			t.Errorf("after a Sync %d pieces stay: %v", len(e.orphans()), err)
 		}
+		before := w.count()
+		if err := dir.Sync(); err != nil || w.count() > before {
+			t.Errorf("another Sync asks for pieces without a name again: %v", err)
+		}
 		lock.Close()
 	})
 }
@@ -132,7 +136,8 @@ func TestEtcdSweepAgain(t *testing.T) {
 func TestEtcdOddKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, key := range []string{"kv/", "kv/n/", "kv/n//x", "kv/n/thesis", "kv/d/users/alice",
-			"kv/d/", "kv/d", "kv/STORE", "kv/seg-1.log"} {
+			"kv/d/", "kv/d", "kv/STORE", "kv/seg-1.log", "kv//lock", "kv/" + strings.Repeat("A", 26) + "-1/x",
+			"kv/d/" + strings.Repeat("A", 26) + "-x/1"} {
 			e := newFakeEtcd()
 			e.put(key, "x")
 			dir, _ := e.dir(t, t.Context(), "new:9999")

@@ -277,7 +277,7 @@ func (w *etcdWire) ask(r *http.Request) (*http.Response, error) {
 	case strings.HasSuffix(r.URL.Path, "/metrics"):
 		recorder := httptest.NewRecorder()
 		fmt.Fprintf(recorder, "# HELP etcd_server_quota_backend_bytes The quota.\n"+
-			"etcd_server_quota_backend_bytes %e\n", float64(quota))
+			"etcd_server_quota_backend_bytes %e\nprocess_open_fds 1\n", float64(quota))
 		return recorder.Result(), nil
 	}
 	return reply(answer, nil), nil

@@ -8,9 +8,11 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -84,6 +86,11 @@ func TestEtcdFile(t *testing.T) {
 			}
 		}
 
+		end, err := dir.Extend("file")
+		_, writeErr := end.WriteAt([]byte("x"), end.(*pieceFile).size+1)
+		if cutErr := end.Truncate(end.(*pieceFile).size + 1); writeErr == nil || cutErr == nil {
+			t.Errorf("a file gets a gap: %v, %v, %v", err, writeErr, cutErr)
+		}
 		if err := dir.Remove("file"); err != nil ||
 			e.list(keyRange{Key: dir.key("d/"), End: below(dir.key("d/"))}).Count > 0 {
 			t.Errorf("a removed file leaves pieces: %v", err)
@@ -481,7 +488,8 @@ func smallSize(i int) int {
 	return 7 << 10
 }
 
-// Ensure that a reader of a large file asks for as much at a time as etcd answers, and not for more.
+// Ensure that a reader of a large file asks for as much at a time as etcd answers, and not for more,
+// and for less after an answer that took too long.
 func TestEtcdReadAhead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -491,32 +499,45 @@ func TestEtcdReadAhead(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		large := make([]byte, 1<<20)
-		rand.NewChaCha8([32]byte{3}).Read(large)
-		size := int64(storetest.Fewer(8, 4)) << 20
+		const size = 8 << 20
+		text := []byte(shrinking(pieceFirst, 10))
 		for at := int64(0); at < size; {
-			write(t, f, &at, large)
+			write(t, f, &at, text)
 		}
 
-		before := w.count()
-		for at := int64(0); at < size; at += int64(len(large)) {
-			if n, err := f.ReadAt(large, at); n < len(large) {
-				t.Fatal(err)
+		before, got := w.count(), make([]byte, pieceFirst)
+		for at := int64(0); at < size; at += pieceFirst {
+			if _, err := f.ReadAt(got, at); err != nil || !bytes.Equal(got, text) {
+				t.Fatalf("at %d other bytes are read: %v", at, err)
 			}
 
-			got := 0
+			page := 0
 			for _, data := range f.(*pieceFile).page {
-				got += len(data)
+				page += len(data)
 			}
-			if got > pageMost {
-				t.Errorf("%d bytes are asked for at a time", got)
+			if page > pageMost {
+				t.Errorf("%d bytes are asked for at a time", page)
 			}
 		}
 
 		// The first pages are smaller.
-		n, most := w.count()-before, 10+int(size/pageMost)
-		if n > most {
-			t.Errorf("%d bytes are asked for in %d parts, want %d", size, n, most)
+		if n := w.count() - before; n > 8 {
+			t.Errorf("%d bytes are asked for in %d parts", size, n)
+		}
+
+		late := true
+		dir.client.http.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+			answer, err := w.RoundTrip(r)
+			if late && strings.HasSuffix(r.URL.Path, "range") {
+				late, answer.Body = false, io.NopCloser(iotest.ErrReader(context.DeadlineExceeded))
+			}
+			return answer, err
+		})
+		if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, text) || late {
+			t.Errorf("after an answer that took too long, %v, other bytes are read: %v", !late, err)
+		}
+		if ahead := f.(*pieceFile).ahead; ahead != pageMost/2 {
+			t.Errorf("after an answer that took too long %d bytes are asked for, want %d", ahead, pageMost/2)
 		}
 		lock.Close()
 	})
@@ -568,29 +589,38 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 			return string(e.list(keyRange{Key: []byte("kv/d/"), End: []byte("kv/d0")}).KVs[i].Key)
 		}
 
-		// Each case changes file f, of three pieces, and returns what a read of all of it must end
-		// with.
-		for what, do := range map[string]func(f storage.File, reader *etcdWire) (size int, want error){
-			"it is written": func(f storage.File, _ *etcdWire) (int, error) {
+		// Each case changes file f, of three pieces, and returns what a read of all of it must find,
+		// and end with.
+		const text = "111222333"
+		for what, do := range map[string]func(f storage.File, reader *etcdWire) (text string, want error){
+			"it is written": func(f storage.File, _ *etcdWire) (string, error) {
 				at := int64(9)
 				write(t, f, &at, []byte("333"))
-				return 12, nil
+				return "111222333333", nil
 			},
-			"it is removed": func(storage.File, *etcdWire) (int, error) {
+			"it is removed": func(storage.File, *etcdWire) (string, error) {
 				writer.Remove("f")
-				return 9, fs.ErrNotExist
+				return text, fs.ErrNotExist
 			},
-			"it is made anew": func(storage.File, *etcdWire) (int, error) {
+			"it is made anew": func(storage.File, *etcdWire) (string, error) {
 				writer.Create("f")
-				return 9, fs.ErrNotExist
+				return text, fs.ErrNotExist
 			},
-			"a read of it fails where a piece is gone": func(_ storage.File, w *etcdWire) (int, error) {
+			"a read of it fails where a piece is gone": func(_ storage.File, w *etcdWire) (string, error) {
 				e.delete(piece(1))
 				before := w.count()
 				w.mu.Lock()
 				w.before = func(n int) { w.setCut(n > before+2 && n < before+4) }
 				w.mu.Unlock()
-				return 9, nil
+				return "111\x00\x00\x00333", nil
+			},
+			"nobody answers where a piece is gone": func(_ storage.File, w *etcdWire) (string, error) {
+				e.delete(piece(1))
+				before := w.count()
+				w.mu.Lock()
+				w.before = func(n int) { w.setCut(n > before+2) }
+				w.mu.Unlock()
+				return text, ErrUnreachable
 			},
 		} {
 			f, err := writer.Create("f")
@@ -607,16 +637,11 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 				t.Fatalf("the file has %d bytes: %v", size, err)
 			}
 
-			n, want := do(f, w)
-			b := make([]byte, n)
-			got, err := r.ReadAt(b, 0)
-			for range 2 {
-				if errors.Is(err, ErrUnreachable) {
-					got, err = r.ReadAt(b, 0)
-				}
-			}
-			if !errors.Is(err, want) || want == nil && got != n {
-				t.Errorf("%s: %d bytes are read of %d: %v, want %v", what, got, n, err, want)
+			text, want := do(f, w)
+			b := bytes.Repeat([]byte("x"), len(text))
+			n, err := r.ReadAt(b, 0)
+			if !errors.Is(err, want) || want == nil && string(b[:n]) != text {
+				t.Errorf("%s: %q is read of %q: %v, want %v", what, b[:n], text, err, want)
 			}
 			writer.Remove("f")
 		}

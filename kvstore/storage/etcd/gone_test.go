@@ -234,6 +234,40 @@ func TestEtcdCountAfterGone(t *testing.T) {
 	})
 }
 
+// Ensure that a write notices what somebody else has done to its file, also if the first try of it
+// takes too long and it looks at its pieces.
+func TestEtcdChangedByOthers(t *testing.T) {
+	for what, change := range map[string]func(e *fakeEtcd, f *pieceFile){
+		"a piece in the middle is gone": func(e *fakeEtcd, f *pieceFile) { e.delete(string(f.from(1))) },
+		"a piece is added": func(e *fakeEtcd, f *pieceFile) {
+			e.put(string(f.key(piece{number: f.count, start: f.size, size: 60 << 10})), "")
+		},
+		"its name is another file's": func(e *fakeEtcd, _ *pieceFile) { e.put("kv/n/file", "another") },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newFakeEtcd()
+			dir, w, lock := e.locked(t)
+			defer lock.Close()
+			f, err := dir.Create("file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := int64(0)
+			for range 3 {
+				write(t, f, &at, []byte("x"))
+			}
+
+			synctest.Wait()
+			change(e, f.(*pieceFile))
+			w.suffer(lostRequest, 0)
+			write(t, f, &at, []byte(randomText(40<<10)))
+			if err := lock.Held(); !errors.Is(err, storage.ErrGone) {
+				t.Errorf("%s: %v", what, err)
+			}
+		})
+	}
+}
+
 // Ensure that files that are found to be gone while check runs count as gone until all were made
 // again.
 func TestEtcdGoneMeanwhile(t *testing.T) {

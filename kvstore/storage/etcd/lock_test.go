@@ -501,6 +501,9 @@ func TestEtcdLockIsOursAlready(t *testing.T) {
 		if took := time.Since(began); took >= lockTime {
 			t.Errorf("it takes %v", took)
 		}
+		if n := dir.opts.Status.Takeovers.Load(); n != 0 {
+			t.Errorf("it counts as %d takeovers", n)
+		}
 		lock.Close()
 	})
 }

@@ -142,6 +142,13 @@ func TestEtcdRefusals(t *testing.T) {
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: picky.Certificate().Raw}), 0o600)
 	at := func(s *httptest.Server) string { _, host, _ := strings.Cut(s.URL, "://"); return host }
+	open := func(address string) error {
+		dir, err := Open(t.Context(), address, Options{Addr: "new:9999"})
+		if err == nil {
+			_, err = durable.Open(t.Context(), dir, durable.Options{})
+		}
+		return err
+	}
 
 	for address, want := range map[string]error{
 		"etcd:/host:1/kv":                  ErrAddress,
@@ -161,11 +168,7 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcds://host:1/kv?ca=" + filepath.Join(t.TempDir(), "none"):   ErrRefused,
 		"etcds://host:1/kv?cert=" + filepath.Join(t.TempDir(), "none"): ErrRefused,
 	} {
-		dir, err := Open(t.Context(), address, Options{Addr: "new:9999"})
-		if err == nil {
-			_, err = durable.Open(t.Context(), dir, durable.Options{})
-		}
-		if !errors.Is(err, want) {
+		if err := open(address); !errors.Is(err, want) || !IsAddress(address) {
 			t.Errorf("%s: %v, want %v", address, err, want)
 		}
 	}
@@ -176,9 +179,10 @@ func TestEtcdRefusals(t *testing.T) {
 		"etcds://host:1/kv?ca=lock_test.go":   "lock_test.go: it holds no certificate",
 		"etcds://host:1/kv?cert=lock_test.go": "certificate",
 		"etcd://host:1/kv?ca=%":               "invalid URL escape",
+
+		"etcds://" + at(encrypted) + "/kv?ca=" + ca: "404 Not Found", // the certificate is good
 	} {
-		if _, err := Open(t.Context(), address, Options{}); err == nil ||
-			!strings.Contains(err.Error(), word) {
+		if err := open(address); err == nil || !strings.Contains(err.Error(), word) {
 			t.Errorf("%s: %v, want a word of %q", address, err, word)
 		}
 	}

@@ -224,6 +224,24 @@ func TestEtcdFullAndCutOff(t *testing.T) {
 		}
 		d.Close()
 	})
+
+	// There is room again before it is cut off, so a Sync tries to find out what has arrived.
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		f, err := dir.Create("file")
+		e.setFull(true)
+		_, writeErr := f.WriteAt([]byte("x"), 0)
+		fullErr := f.Sync()
+		e.setFull(false)
+		<-time.After(2 * beatTime)
+		w.setCut(true)
+		if err := errors.Join(err, writeErr); err != nil || !errors.Is(fullErr, storage.ErrNoRoom) ||
+			f.Sync() == nil {
+			t.Errorf("a Sync without room: %v, and once cut off it succeeds: %v", fullErr, err)
+		}
+	})
 }
 
 // Ensure that a piece that etcd has put, and refused because it has filled the quota, does no harm
@@ -428,8 +446,11 @@ func TestEtcdForgetsAgain(t *testing.T) {
 		dir, w := e.dir(t, t.Context(), "")
 		e.put("key", "value")
 		c := dir.client
+		c.garbage.Store(garbageMost - 1)
+		if c.forget(t.Context(), false); e.forgot > 0 {
+			t.Error("etcd is asked to forget little garbage")
+		}
 		c.garbage.Store(garbageMost)
-
 		for _, isCut := range []bool{true, false} {
 			w.setCut(isCut)
 			c.forget(t.Context(), false)
