@@ -164,7 +164,7 @@ func (l *clusterLock) attend() {
 // took that long.
 func (c *cluster) tookPiece(size int, took time.Duration) {
 	// A piece that is much smaller than the most says nothing about the link.
-	if most := c.piece.Load(); int64(size) >= most/2 && most < pieceMost && took < limit(size)*2/3 {
+	if most := c.piece.Load(); int64(size) >= most/2 && took < limit(size)*2/3 {
 		c.piece.CompareAndSwap(most, 2*most)
 	}
 }
