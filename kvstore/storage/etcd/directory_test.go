@@ -20,8 +20,8 @@ import (
 // Ensure that names behave like those of a directory on a disk.
 func TestEtcdNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir, _, lock := newFakeEtcd().locked(t)
-		defer lock.Close()
+		e := newFakeEtcd()
+		dir, _, lock := e.locked(t)
 
 		write := func(name, text string) {
 			t.Helper()
@@ -76,6 +76,25 @@ func TestEtcdNames(t *testing.T) {
 			if !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("%s of nothing: %v", what, err)
 			}
+		}
+		if n := dir.pieces.Load(); n != e.list(*dir.all("d/")).Count {
+			t.Errorf("%d pieces are counted, which is wrong", n)
+		}
+
+		// The next process reads a file's pieces once, and notices that its name is another file's.
+		lock.Close()
+		dir, w, lock := e.locked(t)
+		defer lock.Close()
+		synctest.Wait()
+		once, _, err := dir.Open("b")
+		before := w.count()
+		twice, _, otherErr := dir.Open("b")
+		if err := errors.Join(err, otherErr); err != nil || once != twice || w.count() > before {
+			t.Errorf("a file is read twice: %v", err)
+		}
+		e.put("kv/n/b", "another")
+		if err := dir.Rename("b", "c"); !errors.Is(err, storage.ErrGone) {
+			t.Errorf("a name that is another file's is renamed: %v", err)
 		}
 	})
 }
@@ -331,7 +350,8 @@ func TestEtcdBackupBesideCompaction(t *testing.T) {
 	}
 
 	for _, to := range []string{"etcd://h:1/kv/copy", "etcd://h:1/kv", "etcd://h:1/k"} {
-		if Overlap("etcd://h:1/kv", to) != (to != "etcd://h:1/k") {
+		if want := to != "etcd://h:1/k"; Overlap("etcd://h:1/kv", to) != want ||
+			Overlap(to, "etcd://h:1/kv") != want {
 			t.Errorf("a copy of kv in %s", to)
 		}
 	}

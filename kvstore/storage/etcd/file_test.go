@@ -539,6 +539,14 @@ func TestEtcdReadAhead(t *testing.T) {
 		if ahead := f.(*pieceFile).ahead; ahead != pageMost/2 {
 			t.Errorf("after an answer that took too long %d bytes are asked for, want %d", ahead, pageMost/2)
 		}
+
+		// To ask for less than one piece is not possible.
+		reader, w := w.fakeEtcd.dir(t, t.Context(), "")
+		f, _, err = reader.Open("file")
+		w.setCut(true)
+		if _, silentErr := f.ReadAt(got, 0); err != nil || !errors.Is(silentErr, ErrUnreachable) {
+			t.Errorf("a read that nobody answers: %v, %v", err, silentErr)
+		}
 		lock.Close()
 	})
 }
@@ -613,6 +621,12 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 				w.before = func(n int) { w.setCut(n > before+2 && n < before+4) }
 				w.mu.Unlock()
 				return "111\x00\x00\x00333", nil
+			},
+			"its last piece is gone, before a cut": func(storage.File, *etcdWire) (string, error) {
+				e.put(strings.Replace(piece(2), "00000002-000000000006-000003",
+					"00000003-000000000009-000000", 1), "")
+				e.delete(piece(2))
+				return "111222\x00\x00\x00", nil
 			},
 			"nobody answers where a piece is gone": func(_ storage.File, w *etcdWire) (string, error) {
 				e.delete(piece(1))

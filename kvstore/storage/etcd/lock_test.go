@@ -487,6 +487,24 @@ func TestEtcdLockOfAnotherElsewhere(t *testing.T) {
 	})
 }
 
+// Ensure that a server goes on if etcd is put back to a state in which an earlier one had the lock.
+func TestEtcdLockOfAnEarlierState(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		_, _, earlier := e.locked(t)
+		before := e.copy()
+		earlier.Close()
+
+		_, _, lock := e.locked(t)
+		defer lock.Close()
+		e.restore(before, e.id)
+		<-time.After(3 * surveyTime)
+		if err := errors.Join(lock.Verify(), lock.Held()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Ensure that a server to which the answer was lost that it has the lock does not wait for itself.
 func TestEtcdLockIsOursAlready(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

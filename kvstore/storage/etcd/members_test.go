@@ -100,6 +100,9 @@ func etcdFaultAt(t *testing.T, fault etcdFault, n int) (reached bool) {
 
 	after, _ := e.dir(t, t.Context(), "second:9999")
 	checkKept(t, h, after, fmt.Sprintf("request %d", n))
+	if e.logins > 5 {
+		t.Errorf("request %d: two processes log in %d times", n, e.logins)
+	}
 	if pieces := e.orphans(); len(pieces) > 0 && fault != doneTwice {
 		t.Fatalf("request %d leaves pieces without a name: %q", n, pieces)
 	}
@@ -260,6 +263,47 @@ func TestEtcdSilence(t *testing.T) {
 			d.Close()
 		})
 	}
+
+	// All members refuse, so to wait would be useless.
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		_, _, lock := e.locked(t)
+		e.mu.Lock()
+		e.down, e.stranger = "*", true
+		e.mu.Unlock()
+		began := time.Now()
+		<-lock.Lost()
+		if took := time.Since(began); took > 2*beatTime {
+			t.Errorf("a refused server is lost after %v", took)
+		}
+	})
+}
+
+// Ensure that the log is told once that etcd is full, or does not answer, however long that lasts.
+func TestEtcdTroubleIsSaidOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newFakeEtcd()
+		dir, w := e.dir(t, t.Context(), "new:9999")
+		var log bytes.Buffer
+		dir.client.log = slog.New(slog.NewTextHandler(&log, nil))
+		lock, err := dir.Lock(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, set := range []func(bool){e.setFull, w.setCut} {
+			set(true)
+			<-time.After(5 * time.Second)
+			set(false)
+			<-time.After(3 * time.Second)
+		}
+		lock.Close()
+		synctest.Wait()
+		for _, words := range []string{"writes are refused", "has room again", "trying again"} {
+			if n := strings.Count(log.String(), words); n != 1 {
+				t.Errorf("the log says %q %d times:\n%s", words, n, &log)
+			}
+		}
+	})
 }
 
 // Ensure that a server that waits says what for: etcd does not answer yet, or not any more.
@@ -391,6 +435,17 @@ func TestEtcdMemberDown(t *testing.T) {
 				t.Errorf("without %s it takes %v", down, took)
 			}
 		}
+
+		// A new store needs both members, and does not wait for anybody once both are there.
+		e := newFakeEtcd()
+		e.down = "a:1"
+		time.AfterFunc(time.Second, func() { e.setDown("") })
+		began := time.Now()
+		d, _ := e.open(t)
+		if took := time.Since(began); took < time.Second || took > 2*time.Second {
+			t.Errorf("a new store begins after %v", took)
+		}
+		d.Close()
 	})
 }
 
@@ -537,6 +592,16 @@ func TestEtcdRefusalsThatPass(t *testing.T) {
 				t.Errorf("%d, %q is final: %v", code, c.message, got)
 			}
 		}
+	}
+
+	if !isTooMuch(&refusal{"grpc: received message larger than max (5 vs. 4)", 8}) {
+		t.Error("an answer that is too large is not asked for in parts")
+	}
+	if errors.Is(named(errNoSpace), ErrRefused) {
+		t.Error("a full cluster is said to want another address or password")
+	}
+	if !isFinal(fmt.Errorf("dial: %w", tls.RecordHeaderError{Msg: "no TLS"})) {
+		t.Error("a server without TLS is asked again")
 	}
 }
 
