@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -344,6 +345,23 @@ func TestEtcdGoneBesideACheck(t *testing.T) {
 			if err := errors.Join(lock.Verify(), lock.Held()); !errors.Is(err, want) {
 				t.Errorf("after a check: %v, want %v", err, want)
 			}
+		}
+
+		// As long as etcd does not answer it is not known what is gone.
+		f, err := dir.Create("file")
+		dir.lock.miss(errors.New("a test"))
+		w.setCut(true)
+		time.AfterFunc(3*time.Second, func() { w.setCut(false) })
+		stamps, stampsErr := dir.Stamps()
+		if err := errors.Join(err, stampsErr); err != nil || len(stamps) != 1 {
+			t.Errorf("the files are said to be %v: %v", stamps, err)
+		}
+
+		// What is left of a file is of no use once anything is gone.
+		w.delete("kv/n/file")
+		lock.Verify()
+		if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a lost file reads as %v", err)
 		}
 	})
 }
