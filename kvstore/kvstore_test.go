@@ -85,7 +85,7 @@ var Fewer func(n, of int) int
 // memorySteps returns how many random operations a test does: KVSTORE_STEPS if that is set, as in
 // .ci/run. With the race detector a test does one in so many.
 func memorySteps(t *testing.T, of int) (steps int) {
-	steps = Fewer(100_000, of)
+	steps = Fewer(50_000, of)
 	if text := os.Getenv("KVSTORE_STEPS"); text != "" {
 		var err error
 		if steps, err = strconv.Atoi(text); err != nil {

@@ -5,7 +5,9 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"sync"
+	"testing"
 )
 
 // Next returns the case that a test tries after case n, where many cases are much alike: on average
@@ -30,6 +32,21 @@ func Fewer(n, of int) int {
 		return n / of
 	}
 	return n
+}
+
+// Seeds returns the first of the seeds whose worlds a test looks at, and how many they are: Fewer(n,
+// of) from 1 on, or what the environment's KVSERVER_SEED and KVSERVER_SEEDS say.
+func Seeds(t *testing.T, n, of int) (first, many uint64) {
+	first, many = 1, uint64(Fewer(n, of))
+	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &many} {
+		if text := os.Getenv(name); text != "" {
+			var err error
+			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return first, many
 }
 
 // isRace reports whether the race detector is on.

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -417,19 +415,9 @@ func (w *world) restore(before *fakeEtcd) *fakeEtcd {
 }
 
 // Ensure that of two or four servers, whatever happens to them and to etcd, one at a time answers,
-// and what was answered stays. KVSERVER_SEED is the first seed, KVSERVER_SEEDS the number of
-// worlds.
+// and what was answered stays.
 func TestEtcdWorlds(t *testing.T) {
-	first, seeds := uint64(1), uint64(storetest.Fewer(20, 5))
-	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first, "KVSERVER_SEEDS": &seeds} {
-		if text := os.Getenv(name); text != "" {
-			var err error
-			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-
+	first, seeds := storetest.Seeds(t, 10, 3)
 	var lost atomic.Int64
 	for seed := first; seed < first+seeds && !t.Failed(); seed++ {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {

@@ -89,21 +89,10 @@ type Server interface {
 // maxLine is the MaxLine of all servers.
 const maxLine = 20_000
 
-// Run looks at worlds, and reports where a promise is broken. The environment's KVSERVER_SEED is
-// the first seed, KVSERVER_SEEDS the number of seeds (0: until the run is stopped). The whole story
-// is printed if there is only one.
+// Run looks at the worlds of storetest.Seeds (0: until the run is stopped), and reports where a
+// promise is broken. The whole story is printed if there is only one.
 func Run(t *testing.T, program Program) {
-	first, seeds := uint64(1), uint64(storetest.Fewer(30, 6))
-	for name, number := range map[string]*uint64{"KVSERVER_SEED": &first,
-		"KVSERVER_SEEDS": &seeds} {
-		if text := os.Getenv(name); text != "" {
-			var err error
-			if *number, err = strconv.ParseUint(text, 10, 64); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-
+	first, seeds := storetest.Seeds(t, 15, 3)
 	const group = 200
 	for done := uint64(0); (seeds == 0 || done < seeds) && !t.Failed(); done += group {
 		// Worlds of a group run side by side. A run without an end prints its progress after each
