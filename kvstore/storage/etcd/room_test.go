@@ -336,7 +336,7 @@ func TestEtcdFullWhileAFileIsMade(t *testing.T) {
 		}
 
 		e.setFull(true)
-		const parts = 20
+		const parts = 8
 		part, done := []byte(randomText(pieceMost)), make(chan error, 1)
 		go func() {
 			var err error
@@ -571,7 +571,7 @@ func TestEtcdQuotaKeepsRoomForDeletes(t *testing.T) {
 	for _, c := range []struct {
 		quota             int64
 		valueSize, perKey int
-	}{{4 << 20, 1000, 5}, {2 << 20, 300, 3}} {
+	}{{4 << 20, 1000, 5}, {2 << 20, 300, 3}}[:storetest.Fewer(2, 2)] {
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
 			e.quota = c.quota
@@ -624,7 +624,7 @@ func TestEtcdQuotaKeepsRoomForDeletes(t *testing.T) {
 // room it has, however little more than the compaction takes there was.
 func TestEtcdCompactionKeepsRoomForDeletes(t *testing.T) {
 	const valueSize, deadSize = 5000, 32 << 10
-	for more := int64(0); more < valueSize; more += valueSize / 8 {
+	for more := int64(0); more < valueSize; more += valueSize / int64(storetest.Fewer(8, 4)) {
 		keys := 3 + int(more/100)
 		synctest.Test(t, func(t *testing.T) {
 			e := newFakeEtcd()
