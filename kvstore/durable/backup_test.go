@@ -282,7 +282,8 @@ func TestBackupBesideFastCompactions(t *testing.T) {
 	d.Close()
 }
 
-// Ensure that the report of a backup that begins again counts only what its last try has copied.
+// Ensure that a Backup and a Check begin again if a file is gone when it is read, and report only
+// what the last try has read; and that they return any other error.
 func TestReportOfASecondTry(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40
@@ -293,24 +294,37 @@ func TestReportOfASecondTry(t *testing.T) {
 		}
 	}
 	d.Close()
-	want, err := Backup(dir, storetest.New())
-	if err != nil {
-		t.Fatal(err)
-	}
 
-	// The second file is gone when its frames are to be read, after its header.
-	reads := 0
-	dir.Before = func(c storetest.Call) error {
-		if c == (storetest.Call{What: "read", Name: "seg-2.log"}) {
-			if reads++; reads == 2 {
-				return fs.ErrNotExist
+	for what, read := range map[string]func() (Report, error){
+		"backup": func() (Report, error) { return Backup(dir, storetest.New()) },
+		"check":  func() (Report, error) { return Check(dir) },
+	} {
+		dir.Before = nil
+		want, err := read()
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		// The second file fails when its frames are to be read, after its header.
+		for _, failure := range []error{fs.ErrNotExist, storetest.ErrDisk} {
+			reads := 0
+			dir.Before = func(c storetest.Call) error {
+				if c == (storetest.Call{What: "read", Name: "seg-2.log"}) {
+					if reads++; reads == 2 {
+						return failure
+					}
+				}
+				return nil
+			}
+			got, err := read()
+			if failure == storetest.ErrDisk {
+				if !errors.Is(err, failure) || reads != 2 {
+					t.Errorf("%s: %v after %d reads, want %v", what, err, reads, failure)
+				}
+			} else if err != nil || reads < 4 || !slices.Equal(got.Lines, want.Lines) {
+				t.Errorf("%s after %d reads: %q, %v; want %q", what, reads, got.Lines, err, want.Lines)
 			}
 		}
-		return nil
-	}
-	got, err := Backup(dir, storetest.New())
-	if err != nil || reads < 4 || !slices.Equal(got.Lines, want.Lines) {
-		t.Errorf("after %d reads: %q, %v; want %q", reads, got.Lines, err, want.Lines)
 	}
 }
 

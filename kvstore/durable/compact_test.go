@@ -341,15 +341,17 @@ func TestStartRemovesAnOlderSnapshot(t *testing.T) {
 	}
 }
 
-// Ensure that without writes neither stops and starts nor a compaction that fails again
-// and again make one file after the other.
+// Ensure that without writes neither stops and starts nor a compaction that fails, and is tried
+// again every minute, make one file after the other.
 func TestNoFilesForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := storetest.New()
 		var refuses atomic.Bool
+		var tries atomic.Int64
 		refuses.Store(true)
 		dir.Before = func(c storetest.Call) error {
 			if refuses.Load() && c.What == "create" && strings.HasPrefix(c.Name, "snap") {
+				tries.Add(1)
 				return storetest.ErrDisk
 			}
 			return nil
@@ -368,6 +370,7 @@ func TestNoFilesForNothing(t *testing.T) {
 		}
 
 		var number uint64
+		tries.Store(0)
 		for round := range 10 {
 			<-time.After(retryTime)
 			if err := d.Commit(); err != nil {
@@ -377,6 +380,9 @@ func TestNoFilesForNothing(t *testing.T) {
 			if round == 2 {
 				number = d.number()
 			}
+		}
+		if n := tries.Load(); n != 10 {
+			t.Errorf("in 10 minutes the compaction was tried %d times", n)
 		}
 
 		for range 5 {

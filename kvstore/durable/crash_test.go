@@ -582,7 +582,7 @@ func sizeOf(dir *storetest.Dir) (size int) {
 }
 
 // Ensure that while small writes find room, and large ones do not, the log does not say that there
-// is room again.
+// is room again, and that a large one that comes again at once does not ask the disk.
 func TestNearlyFullDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -595,6 +595,10 @@ func TestNearlyFullDisk(t *testing.T) {
 			const size = 30_000
 			if err := d.Room("", size, 0); (err == nil) != large {
 				t.Fatalf("a large write: %v, the log says\n%s", err, log)
+			}
+			calls := dir.Calls
+			if d.Room("", size, 0); dir.Calls != calls {
+				t.Errorf("asked again, a large write makes %d calls", dir.Calls-calls)
 			}
 			if err := d.Room("", 10, 0); err != nil {
 				t.Fatalf("a small one: %v", err)

@@ -143,13 +143,14 @@ func (d *Store) lookForFiles() error {
 // remove, and leftovers that could not be removed. It logs a line for each change, not for each
 // check.
 func (d *Store) tellOfOthers(others []string) error {
-	if len(others) > 0 && !slices.Equal(others, d.toldOthers) {
-		d.log.Error("files that do not belong to this store are in its directory: remove them, "+
-			"or the next start is refused", "files", others, "dir", d.dir.Path(""))
-	}
+	isTold := slices.Equal(others, d.toldOthers)
 	d.toldOthers = others
 	if len(others) == 0 {
 		return nil
+	}
+	if !isTold {
+		d.log.Error("files that do not belong to this store are in its directory: remove them, "+
+			"or the next start is refused", "files", others, "dir", d.dir.Path(""))
 	}
 
 	paths := make([]string, len(others))

@@ -170,6 +170,38 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 	d.Close()
 }
 
+// Ensure that removed files are written again only once it is known that the directory is still the
+// store's.
+func TestHealKnowsItsDirectory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "data")
+		os.Mkdir(path, 0o700)
+		d, err := Open(t.Context(), mustDirectory(t, path), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		os.Remove(filepath.Join(path, storage.StoreName))
+		os.Rename(path, path+".old")
+		if err := os.Symlink(path, path); err != nil {
+			t.Logf("without links there is no such error: %v", err)
+			return
+		}
+
+		for _, isKnown := range []bool{false, true} {
+			if isKnown {
+				os.Remove(path)
+				os.Rename(path+".old", path)
+			}
+			<-time.After(lookTime)
+			if err := d.Commit(); err != nil || d.number() > 1 != isKnown {
+				t.Errorf("it is known where the directory is: %v; the log is in file %d, %v", isKnown,
+					d.number(), err)
+			}
+		}
+		d.Close()
+	})
+}
+
 // Ensure that a heal succeeds after a rotation that failed to make its new file.
 func TestHealAfterAFailedRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -354,6 +354,31 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	}
 }
 
+// Ensure that while an fsync finds no room, each Commit tries it again and says so, and Syncing names
+// the file, until there is room.
+func TestNoRoomIsTriedAgain(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	isFull := true
+	dir.Before = func(c storetest.Call) error {
+		if c.What == "sync" && isFull {
+			return storage.ErrNoRoom
+		}
+		return nil
+	}
+
+	d.Put("key", "value")
+	for range 3 {
+		if err := d.Commit(); !errors.Is(err, storage.ErrNoRoom) || d.Syncing() == "" {
+			t.Errorf("without room: %v, and %q is named", err, d.Syncing())
+		}
+	}
+	isFull = false
+	if err := d.Commit(); err != nil || d.Syncing() != "" {
+		t.Errorf("with room: %v, and %q is named", err, d.Syncing())
+	}
+	d.Close()
+}
+
 // Ensure that while Close waits for a compaction that the disk holds up, Syncing names the
 // compaction's snapshot, even after the timer has synced something.
 func TestSyncingNamesTheSnapshot(t *testing.T) {

@@ -337,7 +337,7 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that fails leaves no file open, and calls nothing lost.
+// Ensure that a Repair that cannot read something fails, leaves no file open, and calls nothing lost.
 func TestFailedRepairClosesItsFiles(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
 	for d.size > headerSize { // the newest file is empty
@@ -347,12 +347,18 @@ func TestFailedRepairClosesItsFiles(t *testing.T) {
 	dir = dir.Kill()
 	d.Close()
 
-	for n, reached := 1, true; reached; n++ {
-		image := dir.With(storage.LockName, nil)
-		image.FailAt = n
-		r, err := Repair(image, storetest.New())
-		if reached = image.Calls >= n; image.Handles != 0 || r.Lost {
-			t.Errorf("call %d failed: %v, and %d files are open: %q", n, err, image.Handles, r.Lines)
+	for _, isDamaged := range []bool{false, true} {
+		if isDamaged {
+			dir.Names["seg-2.log"].Data[headerSize+frameSize] ^= 1
+		}
+		for n, reached := 1, true; reached; n++ {
+			image := dir.With(storage.LockName, nil)
+			image.FailAt = n
+			r, err := Repair(image, storetest.New())
+			reached = image.Calls >= n
+			if image.Handles != 0 || r.Lost && !isDamaged || reached != errors.Is(err, storetest.ErrDisk) {
+				t.Errorf("call %d failed: %v, and %d files are open: %q", n, err, image.Handles, r.Lines)
+			}
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"testing"
@@ -16,7 +17,7 @@ import (
 )
 
 // Ensure that a process that only asks whether a store is in use does not hinder its holder in
-// making another LOCK.
+// making another LOCK, and that neither of them leaves a file open.
 func TestInUseBesideALock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a lock
@@ -27,7 +28,9 @@ func TestInUseBesideALock(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would close a file that nobody has
 	other, stop := mustOpen(t, path), make(chan struct{})
+	before := lowestFile(t)
 	var askers sync.WaitGroup
 	for range 2 {
 		askers.Go(func() {
@@ -51,7 +54,20 @@ func TestInUseBesideALock(t *testing.T) {
 
 	close(stop)
 	askers.Wait()
+	if after := lowestFile(t); after > before {
+		t.Errorf("the next file got the number %d before, and %d since", before, after)
+	}
 	lock.Close()
+}
+
+// lowestFile returns the number of a file that is opened now: the lowest one that is free.
+func lowestFile(t *testing.T) uintptr {
+	f, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	return f.Fd()
 }
 
 // Ensure that a passing error is not taken for a directory that was moved.
@@ -228,7 +244,11 @@ func TestOddPaths(t *testing.T) {
 
 	file := filepath.Join(t.TempDir(), "file ")
 	os.WriteFile(file, nil, 0o600)
-	_, err := OpenDisk(file, nil)
+	_, err := OpenDisk(filepath.Join(file, "data"), nil)
+	if err == nil {
+		t.Error("a file is a directory")
+	}
+	_, err = OpenDisk(file, nil)
 	if runtime.GOOS != "windows" && !strings.Contains(fmt.Sprint(err), fmt.Sprintf("%q", file)) {
 		t.Errorf("a file: %v", err)
 	}
@@ -445,21 +465,12 @@ func TestFailedLockClosesTheDirectory(t *testing.T) {
 		}
 		defer lock.Close()
 
-		// A file that is opened gets the lowest number that is free.
 		second := mustOpen(t, path)
-		lowest := func() uintptr {
-			f, err := os.Open(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			return f.Fd()
-		}
-		before := lowest()
+		before := lowestFile(t)
 		if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 			t.Errorf("beside a holder: %v", err)
 		}
-		if after := lowest(); after > before {
+		if after := lowestFile(t); after > before {
 			t.Errorf("the next file got the number %d before, and %d since", before, after)
 		}
 	})

@@ -76,11 +76,11 @@ func keepOwner(root *os.Root, name string, info os.FileInfo) error {
 
 	// Ask only for a real change: some file systems refuse every one.
 	now, err := root.Lstat(name)
-	if err != nil {
-		return err
-	}
-	if has, ok := now.Sys().(*syscall.Stat_t); ok && has.Uid == want.Uid && has.Gid == want.Gid {
-		return nil
+	if err == nil {
+		has, ok := now.Sys().(*syscall.Stat_t)
+		if ok && has.Uid == want.Uid && has.Gid == want.Gid {
+			return nil
+		}
 	}
 
 	return lchown(root, name, int(want.Uid), int(want.Gid))

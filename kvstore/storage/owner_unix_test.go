@@ -7,15 +7,19 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 )
 
-// ofSomebody is a file's info that names another owner.
-type ofSomebody struct{ os.FileInfo }
+// ofSomebody is a file's info that names another owner, or only another group.
+type ofSomebody struct {
+	os.FileInfo
+	user uint32
+}
 
-func (ofSomebody) Sys() any { return &syscall.Stat_t{Uid: 54321, Gid: 54321} }
+func (o ofSomebody) Sys() any { return &syscall.Stat_t{Uid: o.user, Gid: 54321} }
 
 // Ensure that files made by root are given to the store's owner, without a system call for a file
 // that has this owner already. If they cannot be given, they stay root's and the log says so once,
@@ -47,8 +51,8 @@ func TestFilesOfRoot(t *testing.T) {
 		f.Close()
 
 		info, _ := os.Stat(path)
-		d.give("ours", ofSomebody{info})
-		d.give("ours", ofSomebody{info})
+		d.give("ours", ofSomebody{info, 54321})
+		d.give("ours", ofSomebody{info, uint32(os.Getuid())})
 		told := strings.Count(log.String(), "files stay root's")
 		if len(given) != 2 || told > 1 || (told == 1) != (answer != nil) {
 			t.Errorf("%v: %q was given, the log says %s", answer, given, log)
@@ -73,9 +77,18 @@ func TestFilesOfRoot(t *testing.T) {
 
 	// The owner may have the directory already, and root the files in it.
 	os.Chown(to, 54321, 54321)
+	given = nil
 	f, err := d.Create("file")
 	if err != nil {
 		t.Fatalf("a file for somebody else: %v", err)
 	}
 	f.Close()
+	lock, err := d.Lock(t.Context())
+	if err != nil {
+		t.Fatalf("a lock for somebody else: %v", err)
+	}
+	lock.Close()
+	if want := []string{"file", LockName}; isOthers && !slices.Equal(given, want) {
+		t.Errorf("%q was given, want %q", given, want)
+	}
 }
