@@ -19,7 +19,7 @@ import (
 )
 
 // Ensure that a log that ends anywhere opens with all its whole frames, whatever
-// garbage follows, and that the log says what was cut off.
+// garbage follows, that the log says what was cut off, and that Check calls the file torn.
 func TestTornEnd(t *testing.T) {
 	dir, name, starts := segment(t, 12)
 	whole := dir.Names[name].Data
@@ -52,6 +52,7 @@ func TestTornEnd(t *testing.T) {
 
 			var log bytes.Buffer
 			torn := dir.With(name, data)
+			report, checkErr := Check(torn)
 			d, err := openStill(torn,
 				Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
 			if err != nil {
@@ -64,6 +65,8 @@ func TestTornEnd(t *testing.T) {
 				"\x00")); strings.Contains(log.String(), "incomplete commit") != (lost > 0) ||
 				lost > 0 && !strings.Contains(log.String(), fmt.Sprint("bytes=", lost)) {
 				t.Fatalf("cut at %d, %d bytes lost: the log says %s", cut, lost, log.String())
+			} else if strings.HasPrefix(report.Lines[0], "torn ") != (lost > 0) || checkErr != nil {
+				t.Fatalf("cut at %d, %d bytes lost: a check says %q, %v", cut, lost, report.Lines, checkErr)
 			}
 
 			d.zerosAhead = 500

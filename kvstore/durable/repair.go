@@ -216,7 +216,7 @@ func (s *salvage) findFrames(l *logReader) (*foundFile, error) {
 
 	// The last frame says how the file ends.
 	file.goesOn, file.whole = end.goesOn(), end.isWhole()
-	if l.header.kind == kindSnapshot && !file.whole && len(file.frames) > 0 {
+	if l.header.kind == kindSnapshot && !file.whole {
 		s.sayDamaged("%s has no proper end", l.path)
 	}
 
@@ -433,7 +433,7 @@ func (s *salvage) sayLostEnd(base *foundFile) {
 	switch {
 	case newest == base, newest.goesOn:
 		s.sayLostBehind(newest)
-	case len(newest.frames) == 0 && newest.header.first > s.next+1:
+	case newest.header.first > s.next+1: // it has no frames
 		s.sayLost("frames %d to %d, which came before %s", s.next, newest.header.first-1,
 			newest.path)
 	}

@@ -74,6 +74,9 @@ func TestRepair(t *testing.T) {
 	if got := d.Get("key"); !slices.Equal(got, want) {
 		t.Errorf("after repair %q, want %q", got, want)
 	}
+	if old, _, err := readID(bad); err != nil || d.current.header.id == old || d.current.header.id == (storeID{}) {
+		t.Errorf("the new store's id is %x, and the damaged one's %x, %v", d.current.header.id, old, err)
+	}
 	d.Close()
 
 	again, report, err := repaired(t, out)
@@ -99,7 +102,8 @@ func TestRepairSavesTheLastFrame(t *testing.T) {
 		"key": {"value0", "value2"}, "": {""}, "kk": {""}})
 }
 
-// Ensure that Repair of a store without log files, or of no store, says so and makes nothing.
+// Ensure that Repair of a store without log files, or of no store, says so and makes nothing, and
+// that Backup and Check say that there is none.
 func TestRepairOfNothing(t *testing.T) {
 	dir, name, _ := segment(t, 1)
 	delete(dir.Names, name)
@@ -120,6 +124,10 @@ func TestRepairOfNothing(t *testing.T) {
 	_, err = Backup(storetest.New(), out)
 	if !errors.Is(err, ErrNoStore) {
 		t.Errorf("a backup of an empty directory: %v", err)
+	}
+	r, err = Check(storetest.New())
+	if err != nil || !r.Empty || !strings.Contains(fmt.Sprint(r.Lines), "no store yet") {
+		t.Errorf("a check of an empty directory: %+v, %v", r, err)
 	}
 }
 
@@ -337,7 +345,8 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that cannot read something fails, leaves no file open, and calls nothing lost.
+// Ensure that a Repair that cannot read something fails, leaves no file open, and calls nothing lost,
+// also with few descriptors, where each file is opened again when it is read.
 func TestFailedRepairClosesItsFiles(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
 	for d.size > headerSize { // the newest file is empty
@@ -354,6 +363,14 @@ func TestFailedRepairClosesItsFiles(t *testing.T) {
 		for n, reached := 1, true; reached; n++ {
 			image := dir.With(storage.LockName, nil)
 			image.FailAt = n
+			areFew := isDamaged
+			image.Before = func(c storetest.Call) error {
+				if areFew && c.What == "open" && c.Name == "seg-2.log" && image.Calls+1 < n {
+					areFew = false
+					return syscall.EMFILE
+				}
+				return nil
+			}
 			r, err := Repair(image, storetest.New())
 			reached = image.Calls >= n
 			if image.Handles != 0 || r.Lost && !isDamaged || reached != errors.Is(err, storetest.ErrDisk) {
@@ -667,6 +684,7 @@ func TestRepairUsesTheLogAlone(t *testing.T) {
 
 	for what, spoil := range map[string]func(b []byte) []byte{
 		"without its end":  func(b []byte) []byte { return b[:len(b)-frameSize] },
+		"without a frame":  func(b []byte) []byte { return b[:headerSize] },
 		"with a bad frame": func(b []byte) []byte { b[headerSize+frameSize] ^= 1; return b },
 	} {
 		bad := image.With(name, spoil(slices.Clone(image.Names[name].Data)))

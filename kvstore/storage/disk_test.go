@@ -145,6 +145,17 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 }
 
+// Ensure that a file which is removed while Stamps reads the directory is left out. The list of this
+// process's descriptors always has one that is gone after it was read: that of the list.
+func TestStampsBesideARemoval(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		return // there is no such directory
+	}
+	if stamps, err := mustOpen(t, "/proc/self/fd").Stamps(); err != nil || len(stamps) == 0 {
+		t.Errorf("%d files, %v", len(stamps), err)
+	}
+}
+
 // Ensure that MakeDisk creates a directory for a copy, or takes one that exists and leaves it to
 // its owner, that undo removes only what was created, and that no directory is created inside the
 // store that is to be copied.
@@ -215,6 +226,11 @@ func TestMakeDisk(t *testing.T) {
 		}
 	}
 
+	var failed *fs.PathError
+	_, _, err = MakeDisk(filepath.Join(file, "copy"), from, nil)
+	if !errors.As(err, &failed) || failed.Op != "mkdir" {
+		t.Errorf("in a file: %v", err)
+	}
 	_, _, err = MakeDisk(to, filepath.Join(path, "none"), nil)
 	if !errors.Is(err, fs.ErrNotExist) || isThere(to) {
 		t.Errorf("of no store: %v", err)

@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -191,12 +192,22 @@ func TestLockRemovedWhileItIsTried(t *testing.T) {
 	})
 }
 
-// Ensure that a store whose LOCK is missing can be locked if no process has the store.
+// Ensure that a store whose LOCK is missing can be locked if no process has the store, and that the
+// wait for one can be ended.
 func TestMissingLock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := t.TempDir()
 		os.WriteFile(filepath.Join(path, StoreName), nil, 0o600)
-		lock, err := mustOpen(t, path).Lock(t.Context())
+		d := mustOpen(t, path)
+		if owner := d.owner(); owner != "by another process" {
+			t.Errorf("without LOCK it is held %q", owner)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := d.Lock(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("where the start is broken off: %v", err)
+		}
+		lock, err := d.Lock(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}

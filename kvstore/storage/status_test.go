@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -92,6 +93,21 @@ func TestDamageSaysWhere(t *testing.T) {
 		&os.PathError{Err: syscall.ENOSPC}: true, syscall.EIO: false, os.ErrNotExist: false} {
 		if IsFull(err) != want {
 			t.Errorf("%v says that the disk is full: %v", err, !want)
+		}
+	}
+}
+
+// Ensure that the advice for an error fits it, and has the directory as one word of a shell.
+func TestAdvice(t *testing.T) {
+	for err, want := range map[error]string{
+		ErrMissing:                        `mkdir -m 700 "/my data"`,
+		&DamageError{File: "f"}:           `kvserver repair "/my data" NEW`,
+		&os.PathError{Err: syscall.EPERM}: "Start as the user who owns it",
+		&os.PathError{Err: syscall.EROFS}: `kvserver backup "/my data" NEW`,
+		syscall.EIO:                       `else in "/my data"`,
+	} {
+		if got := Advice(Advise("/my data", err, "else in DIR")); !strings.Contains(got, want) {
+			t.Errorf("%v: %q, want %q", err, got, want)
 		}
 	}
 }
