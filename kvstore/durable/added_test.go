@@ -166,7 +166,7 @@ func TestLeftoverIsRemoved(t *testing.T) {
 	}
 }
 
-// Ensure that something that cannot be removed does not hold up a heal, and is logged once.
+// Ensure that things that cannot be removed do not hold up a heal, and are logged once.
 func TestHealBesideWhatStays(t *testing.T) {
 	for _, name := range []string{"seg-0.log", "seg-1.log"} {
 		path := t.TempDir()
@@ -181,7 +181,10 @@ func TestHealBesideWhatStays(t *testing.T) {
 		os.WriteFile(filepath.Join(path, "photo.jpg"), nil, 0o600)
 		os.Remove(filepath.Join(path, "seg-1.log"))
 		// A directory that is not empty cannot be removed.
-		os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
+		stay := []string{name, "snap-0.log", "STORE.tmp", "seg-0.log.tmp", "seg-1.log.tmp"}
+		for _, name := range stay {
+			os.MkdirAll(filepath.Join(path, name, "full"), 0o700)
+		}
 		for range 5 {
 			d.lookAfter = time.Time{}
 			if err := d.Commit(); err != nil {
@@ -197,7 +200,9 @@ func TestHealBesideWhatStays(t *testing.T) {
 		}
 
 		os.Remove(filepath.Join(path, "photo.jpg"))
-		os.RemoveAll(filepath.Join(path, name))
+		for _, name := range stay {
+			os.RemoveAll(filepath.Join(path, name))
+		}
 		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) == 0 {
 			t.Fatalf("%s: without them: %v", name, err)
 		}

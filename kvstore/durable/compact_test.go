@@ -25,6 +25,14 @@ func TestCompactionMayFail(t *testing.T) {
 	d.minCompact = 1 << 30
 	h := storetest.NewHistory()
 	storetest.Script(t, d, h)
+	for i := range 3 { // so that the snapshot has several frames
+		storetest.Step{Op: "Put", Key: fmt.Sprint("large", i),
+			Value: strings.Repeat("v", maxFrameSnapshot)}.Do(t, d, h.Done)
+	}
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	h.Told = h.Done.Clone()
 	dir.Locked = false
 	if _, err := d.rotate(); err != nil {
 		t.Fatal(err)

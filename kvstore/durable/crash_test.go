@@ -756,7 +756,8 @@ func TestRefusedRemovesAskSeldom(t *testing.T) {
 }
 
 // Ensure that a store on a full disk takes writes again once everything was deleted, even if its
-// log is too small for an ordinary compaction, and after a restart.
+// log is too small for an ordinary compaction, and after a restart; and that what is not committed
+// yet, when the log is compacted for that, is in the log once.
 func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 	for _, restarted := range []bool{false, true} {
 		dir, d := newSmall(t, Options{Fsync: FsyncNever})
@@ -795,12 +796,14 @@ func TestDeletedRoomIsWrittenAgain(t *testing.T) {
 		}
 
 		d.roomAfter = time.Time{}
+		d.Put("pending", "v")
 		if again := write(); written < 10 || again < written-2 {
 			t.Errorf("restarted: %v: %d were written, and %d when all was deleted", restarted, written, again)
 		}
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
+		wantAll(t, fmt.Sprintf("restarted: %v: opened again", restarted), dir, maps.Collect(d.All()))
 	}
 }
 

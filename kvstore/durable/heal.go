@@ -290,11 +290,8 @@ func (d *Store) heal(spoiled []string) error {
 
 	// A snapshot replaces only full files, so the current one must become full.
 	isNew, err := d.rotate()
-	if err != nil {
-		return err
-	}
 	if !isNew {
-		return errors.New("no new file can be made")
+		return cmp.Or(err, errors.New("no new file can be made"))
 	}
 
 	// Close must not stop it, because the data is nowhere else.

@@ -274,6 +274,9 @@ func TestRepairOfNothingLost(t *testing.T) {
 		"a rotation was killed before its last frame": func(prev, last []byte) ([]byte, []byte) {
 			return prev[:len(prev)-frameSize], last[:headerSize]
 		},
+		"a commit is torn": func(prev, last []byte) ([]byte, []byte) {
+			return prev, append(bytes.TrimRight(last, "\x00"), "\x00\x00\x00\x00\x00\x00\x00\x00rubbish"...)
+		},
 	} {
 		dir, d := fourSegments(t, Options{})
 		d.Put("last", "value")
@@ -301,9 +304,9 @@ func TestRepairOfNothingLost(t *testing.T) {
 		}
 
 		got, _, _ := after.Size()
-		if got != keys || r.Lost {
-			t.Errorf("%s: %d of %d keys, and Repair says\n%s", what, got, keys,
-				strings.Join(r.Lines, "\n"))
+		text := strings.Join(r.Lines, "\n")
+		if got != keys || r.Lost || strings.Contains(text, "torn    ") != strings.HasSuffix(what, "torn") {
+			t.Errorf("%s: %d of %d keys, and Repair says\n%s", what, got, keys, text)
 		}
 	}
 }
@@ -527,8 +530,10 @@ func TestRepairOfWrongNames(t *testing.T) {
 		spoil(image, d.current.header.id)
 
 		out, r, err := repaired(t, image)
-		if err != nil || r.Lost || !r.Damaged {
-			t.Errorf("%s: %v, and repair says\n%s", what, err, strings.Join(r.Lines, "\n"))
+		text := strings.Join(r.Lines, "\n")
+		if err != nil || r.Lost || !r.Damaged ||
+			strings.HasSuffix(what, "twice") != strings.Contains(text, "is there twice") {
+			t.Errorf("%s: %v, and repair says\n%s", what, err, text)
 			continue
 		}
 

@@ -166,7 +166,6 @@ func (d *Store) roomToFree(last *refusal, need, wanted int64) error {
 		return last.why
 	}
 
-	*last = refusal{}
 	err := d.takeRoom(need, wanted)
 	if err != nil {
 		*last = refusal{why: err, need: need, until: time.Now().Add(roomTime)}
@@ -242,8 +241,8 @@ func (d *Store) rotateEarly() bool {
 		d.owesSync = true
 	}
 
-	isNew, err := d.rotate()
-	return err == nil && isNew
+	isNew, _ := d.rotate() // after an error there is none
+	return isNew
 }
 
 // makeRoom makes room for this many bytes in the current file, and if the disk has as much, for at

@@ -276,8 +276,8 @@ func ownerOf(info os.FileInfo) (owner [2]uint64) {
 	return owner
 }
 
-// Ensure that a Sync calls the system, and returns its error: a pipe cannot be synced, and neither
-// can a closed file.
+// Ensure that Sync and List call the system, and return its error: a pipe cannot be synced, and
+// neither can what is closed.
 func TestSyncAsksTheSystem(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -307,6 +307,9 @@ func TestSyncAsksTheSystem(t *testing.T) {
 	d.Close()
 	if f.Sync() == nil || runtime.GOOS != "windows" && d.Sync() == nil {
 		t.Error("what is closed is synced")
+	}
+	if names, err := d.List(); err == nil {
+		t.Errorf("what is closed has %q", names)
 	}
 }
 

@@ -308,7 +308,8 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 	})
 }
 
-// Ensure that where only LOCK is locked, a link in its place ends the lock.
+// Ensure that where only LOCK is locked, a link in its place ends the lock, and that a new LOCK which
+// cannot be locked is removed: otherwise it would count as another process's.
 func TestLinkForPlainLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a lock
@@ -326,6 +327,12 @@ func TestLinkForPlainLock(t *testing.T) {
 	os.Symlink("nowhere", filepath.Join(path, LockName))
 	if err := lock.Verify(); !errors.Is(err, ErrMoved) {
 		t.Errorf("Verify: %v", err)
+	}
+	if err := lock.(*diskLock).lockNew(); !errors.Is(err, ErrNotOurs) {
+		t.Errorf("it locks a link: %v", err)
+	}
+	if err := lock.Verify(); err != nil {
+		t.Errorf("behind a LOCK that could not be locked: %v", err)
 	}
 }
 
@@ -453,6 +460,9 @@ func TestFailedLockLeavesNothing(t *testing.T) {
 
 	if _, err := d.Lock(t.Context()); !errors.Is(err, ErrLocked) {
 		t.Errorf("beside an older one: %v", err)
+	}
+	if _, inUse := d.InUse(); !inUse {
+		t.Error("beside an older one it is not in use")
 	}
 
 	f.Close()
