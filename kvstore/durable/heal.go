@@ -255,6 +255,8 @@ func (d *Store) mend(c changes) (left changes, err error) {
 		}
 	}
 	if len(c.spoiled) > 0 {
+		d.healing.Store(true)
+		defer d.healing.Store(false)
 		err = d.heal(slices.Concat(c.spoiled, c.leftovers))
 		if err != nil {
 			return c, err
@@ -285,9 +287,6 @@ func (d *Store) mend(c changes) (left changes, err error) {
 // before the rename because below a snapshot a start accepts only full files. After a crash
 // before the rename, a start may refuse what it finds.
 func (d *Store) heal(spoiled []string) error {
-	d.healing.Store(true)
-	defer d.healing.Store(false)
-
 	// A snapshot replaces only full files, so the current one must become full.
 	isNew, err := d.rotate()
 	if !isNew {

@@ -171,7 +171,7 @@ func TestHealOfAStolenDirectory(t *testing.T) {
 }
 
 // Ensure that removed files are written again only once it is known that the directory is still the
-// store's.
+// store's, and that a Commit that finds that it is not fails at once.
 func TestHealKnowsItsDirectory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "data")
@@ -197,6 +197,13 @@ func TestHealKnowsItsDirectory(t *testing.T) {
 				t.Errorf("it is known where the directory is: %v; the log is in file %d, %v", isKnown,
 					d.number(), err)
 			}
+		}
+
+		os.Remove(filepath.Join(path, storage.StoreName))
+		os.Rename(path, path+".old")
+		d.lookAfter = time.Time{}
+		if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+			t.Errorf("the directory was moved: %v", err)
 		}
 		d.Close()
 	})

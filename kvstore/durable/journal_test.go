@@ -323,7 +323,7 @@ func TestRoomForFrames(t *testing.T) {
 }
 
 // Ensure that Syncing names a file whenever the store waits for the disk, so that an operator can
-// understand a stall: at a Commit, at a rotation and at Close.
+// understand a stall: at a Commit, at a rotation, at Close and, then it is a snapshot, in a heal.
 func TestSyncingNamesTheFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	d.minCompact = 1 << 40 // a compaction would make calls of its own
@@ -331,9 +331,10 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	dir.Before = func(c storetest.Call) error {
 		if slices.Contains([]string{"sync", "truncate", "create", "rename"}, c.What) {
 			waits[c.What]++
-			if d.Syncing() == "" {
-				t.Errorf("in file %d nothing is named while %q of %q is waited for", d.number(),
-					c.What, c.Name)
+			name := d.Syncing()
+			if name == "" || strings.Contains(name, "snapshot") != d.IsHealing() {
+				t.Errorf("in file %d %q is named while %q of %q is waited for", d.number(), name, c.What,
+					c.Name)
 			}
 		}
 		return nil
@@ -346,10 +347,15 @@ func TestSyncingNamesTheFile(t *testing.T) {
 		}
 	}
 
+	dir.Remove(storage.StoreName)
+	d.lookAfter = time.Time{}
+	if err := d.Commit(); err != nil || d.Syncing() != "" {
+		t.Errorf("a heal: %v, and after it %q is named", err, d.Syncing())
+	}
 	if err := d.Close(); err != nil || d.Syncing() == "" {
 		t.Errorf("Close: %v, and names %q", err, d.Syncing())
 	}
-	if waits["sync"] < 10 || waits["truncate"] < 3 || waits["create"] != 3 || waits["rename"] != 3 {
+	if waits["sync"] < 10 || waits["truncate"] < 3 || waits["create"] != 6 || waits["rename"] != 6 {
 		t.Errorf("it waits for %v", waits)
 	}
 }

@@ -175,6 +175,18 @@ func TestRepairUsesTheOlderSnapshot(t *testing.T) {
 	}
 	checkKept(t, h, out, "repaired with the older snapshot")
 
+	// It is better than none even without its end.
+	for name, f := range old {
+		if kind, _ := parseName(name); kind == kindSnapshot {
+			bad = bad.With(name, f.Data[:len(f.Data)-frameSize])
+		}
+	}
+	out, r, err = repaired(t, bad)
+	if err != nil || !r.Lost {
+		t.Errorf("without the older snapshot's end repair says %v, %v", r, err)
+	}
+	checkKept(t, h, out, "repaired with the older snapshot without its end")
+
 	bad = dir.With(newest, dir.Names[newest].Data[:headerSize+30])
 	if _, r, err := repaired(t, bad); err == nil && !r.Lost {
 		t.Errorf("without the older snapshot repair says %v", r)

@@ -276,8 +276,8 @@ func ownerOf(info os.FileInfo) (owner [2]uint64) {
 	return owner
 }
 
-// Ensure that Sync and List call the system, and return its error: a pipe cannot be synced, and
-// neither can what is closed.
+// Ensure that all calls ask the system, and return its error: a pipe cannot be synced, and nothing
+// can be done with what is closed.
 func TestSyncAsksTheSystem(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -305,13 +305,19 @@ func TestSyncAsksTheSystem(t *testing.T) {
 
 	f.Close()
 	d.Close()
-	if f.Sync() == nil || runtime.GOOS != "windows" && d.Sync() == nil {
-		t.Error("what is closed is synced")
-	}
-	if names, err := d.List(); err == nil {
-		t.Errorf("what is closed has %q", names)
+	for what, err := range map[string]error{
+		"Sync of a file": f.Sync(), "Sync": d.Sync(), "List": errorOf(d.List()),
+		"Stamps": errorOf(d.Stamps()), "Create": errorOf(d.Create("new")), "Extend": errorOf(d.Extend("file")),
+		"Rename": d.Rename("file", "new"), "Remove": d.Remove("file"), "Lock": errorOf(d.Lock(t.Context())),
+	} {
+		if err == nil && (what != "Sync" || runtime.GOOS != "windows") {
+			t.Errorf("%s of what is closed succeeds", what)
+		}
 	}
 }
+
+// errorOf returns err.
+func errorOf[T any](_ T, err error) error { return err }
 
 // Ensure that a file's stamp shows that others have overwritten it, though its size stays.
 func TestStampOfAnOverwrittenFile(t *testing.T) {

@@ -185,12 +185,11 @@ func (l *diskLock) sign(f *os.File) error {
 // ends when the lock is closed or lost.
 func (l *diskLock) guard() {
 	defer close(l.ended)
-	tick := time.NewTicker(guardTime)
-	defer tick.Stop()
+	tick := time.Tick(guardTime)
 
 	for {
 		select {
-		case <-tick.C:
+		case <-tick:
 		case <-l.stop:
 			return
 		}

@@ -477,7 +477,8 @@ func TestFailedLockLeavesNothing(t *testing.T) {
 	lock.Close()
 }
 
-// Ensure that a start that fails because the directory itself is locked leaves no file open.
+// Ensure that a start that fails because the directory itself is locked leaves no file open, and that
+// it tries for 50 ms.
 func TestFailedLockClosesTheDirectory(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // the directory is not locked
@@ -491,9 +492,10 @@ func TestFailedLockClosesTheDirectory(t *testing.T) {
 		defer lock.Close()
 
 		second := mustOpen(t, path)
-		before := lowestFile(t)
-		if _, err := second.Lock(t.Context()); !errors.Is(err, ErrLocked) {
-			t.Errorf("beside a holder: %v", err)
+		before, began := lowestFile(t), time.Now()
+		_, err = second.Lock(t.Context())
+		if took := time.Since(began); !errors.Is(err, ErrLocked) || took != 50*time.Millisecond {
+			t.Errorf("beside a holder: %v after %v", err, took)
 		}
 		if after := lowestFile(t); after > before {
 			t.Errorf("the next file got the number %d before, and %d since", before, after)

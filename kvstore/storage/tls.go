@@ -105,12 +105,11 @@ func (k *credentials) warn(now time.Time) {
 // rereadFiles reads the files every LookAgain, and when again receives a signal. It runs as one
 // goroutine until again is closed (by a test) or the process ends.
 func (k *credentials) rereadFiles(again <-chan os.Signal) {
-	tick := time.NewTicker(LookAgain)
-	defer tick.Stop()
+	tick := time.Tick(LookAgain)
 	told := "" // the error of the last read
 	for isOpen := true; isOpen; {
 		select {
-		case <-tick.C:
+		case <-tick:
 		case _, isOpen = <-again: // somebody waits for a line in the log
 			told, k.next = "", time.Time{}
 		}
