@@ -345,6 +345,38 @@ func TestStopOnAFullDisk(t *testing.T) {
 	}
 }
 
+// Ensure that everything can be deleted after a stop on a full disk, even if all room for Deletes was
+// in the log, and another program takes what is free then.
+func TestStopKeepsRoomForDeletes(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.zerosAhead, d.segmentSize = 30_000, 1<<20
+	d.Put("key", "value")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	dir.Room = sizeOf(dir)
+	fillDisk(t, d, 20, 1, 1)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	dir.Room = sizeOf(dir)
+	d, err := openSmall(dir, Options{Fsync: FsyncNever})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, key := range slices.Sorted(maps.Keys(maps.Collect(d.All()))) {
+		if err := roomToDelete(d, key); err != nil {
+			t.Fatalf("no room for Delete %d: %v", i, err)
+		}
+		d.Delete(key)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Close()
+}
+
 // Ensure that a start that fails leaves no file open.
 func TestFailedStartClosesItsFiles(t *testing.T) {
 	for n := 1; ; n++ {
@@ -582,7 +614,7 @@ func sizeOf(dir *storetest.Dir) (size int) {
 }
 
 // Ensure that while small writes find room, and large ones do not, the log does not say that there
-// is room again, and that a large one that comes again at once does not ask the disk.
+// is room again, and that one that comes again soon does not ask the disk.
 func TestNearlyFullDisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log := &strings.Builder{}
@@ -602,6 +634,11 @@ func TestNearlyFullDisk(t *testing.T) {
 			}
 			if err := d.Room("", 10, 0); err != nil {
 				t.Fatalf("a small one: %v", err)
+			}
+			<-time.After(roomTime)
+			calls = dir.Calls
+			if d.Room("", 10, 0); dir.Calls != calls {
+				t.Errorf("asked again, a small write makes %d calls", dir.Calls-calls)
 			}
 			d.Set("key", "value")
 			if err := d.Commit(); err != nil {

@@ -236,7 +236,8 @@ func TestDirectoryForAFile(t *testing.T) {
 		// If the directory is empty, the store removes it and makes its own file.
 		os.RemoveAll(filepath.Dir(inside))
 		os.WriteFile(filepath.Join(path, storage.LockName), nil, 0o600) // a start waits for one
-		if d, err = openAt(path, Options{}); err != nil || len(d.Get("k")) != 1 {
+		d, err = openAt(path, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil || len(d.Get("k")) != 1 {
 			t.Fatalf("%s: a start without it: %v", name, err)
 		}
 
@@ -246,19 +247,22 @@ func TestDirectoryForAFile(t *testing.T) {
 		if err := errors.Join(d.Commit(), d.Close()); err != nil {
 			t.Errorf("%s: Close beside an empty one: %v", name, err)
 		}
+		if told := strings.Count(log.String(), "the next start is refused"); told != 1 {
+			t.Errorf("%s: with an empty one the log says\n%s", name, log)
+		}
 		if info, err := os.Lstat(filepath.Dir(inside)); err == nil && info.IsDir() {
 			t.Errorf("%s is still a directory", name)
 		}
 	}
 }
 
-// Ensure that an empty directory in the place of the next temporary file does not keep a removed
-// file from being written again.
+// Ensure that an empty directory in the place of the next temporary file, or of STORE, does not keep
+// a removed file from being written again.
 func TestHealBesideADirectoryForAFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a file that is in use
 	}
-	for _, name := range []string{"seg-2.log.tmp", "snap-1.log.tmp"} {
+	for _, name := range []string{"seg-2.log.tmp", "snap-1.log.tmp", storage.StoreName} {
 		path := t.TempDir()
 		d, err := openAt(path, Options{})
 		if err != nil {
@@ -266,6 +270,7 @@ func TestHealBesideADirectoryForAFile(t *testing.T) {
 		}
 
 		d.Put("k", "v")
+		os.Remove(filepath.Join(path, name))
 		os.Mkdir(filepath.Join(path, name), 0o700)
 		os.Remove(filepath.Join(path, "seg-1.log"))
 		d.lookAfter = time.Time{}

@@ -360,9 +360,9 @@ func TestRepairIsKilled(t *testing.T) {
 	}
 }
 
-// Ensure that a Repair that cannot read something fails, leaves no file open, and calls nothing lost,
-// also with few descriptors, where each file is opened again when it is read.
-func TestFailedRepairClosesItsFiles(t *testing.T) {
+// Ensure that a Check, Backup or Repair that cannot read something fails, leaves no file open, and
+// calls nothing lost, also with few descriptors, where each file is opened again when it is read.
+func TestFailedReadsCloseTheirFiles(t *testing.T) {
 	dir, d := fourSegments(t, Options{})
 	for d.size > headerSize { // the newest file is empty
 		d.Put("key", "value")
@@ -371,25 +371,35 @@ func TestFailedRepairClosesItsFiles(t *testing.T) {
 	dir = dir.Kill()
 	d.Close()
 
-	for _, isDamaged := range []bool{false, true} {
-		if isDamaged {
-			dir.Names["seg-2.log"].Data[headerSize+frameSize] ^= 1
-		}
-		for n, reached := 1, true; reached; n++ {
-			image := dir.With(storage.LockName, nil)
-			image.FailAt = n
-			areFew := isDamaged
-			image.Before = func(c storetest.Call) error {
-				if areFew && c.What == "open" && c.Name == "seg-2.log" && image.Calls+1 < n {
-					areFew = false
-					return syscall.EMFILE
-				}
-				return nil
+	commands := map[string]func(dir storage.Directory) (Report, error){
+		"check":  Check,
+		"backup": func(dir storage.Directory) (Report, error) { return Backup(dir, storetest.New()) },
+		"repair": func(dir storage.Directory) (Report, error) { return Repair(dir, storetest.New()) },
+	}
+	for what, command := range commands {
+		for _, isDamaged := range []bool{false, true} {
+			data := slices.Clone(dir.Names["seg-2.log"].Data)
+			if isDamaged {
+				data[headerSize+frameSize] ^= 1
 			}
-			r, err := Repair(image, storetest.New())
-			reached = image.Calls >= n
-			if image.Handles != 0 || r.Lost && !isDamaged || reached != errors.Is(err, storetest.ErrDisk) {
-				t.Errorf("call %d failed: %v, and %d files are open: %q", n, err, image.Handles, r.Lines)
+			for n, reached := 1, true; reached; n++ {
+				image, areFew, isLock := dir.With("seg-2.log", data), isDamaged, false
+				image.FailAt = n
+				image.Before = func(c storetest.Call) error {
+					isLock = isLock || image.Calls+1 == n && c.Name == storage.LockName
+					if areFew && c.What == "open" && c.Name == "seg-2.log" && image.Calls+1 < n {
+						areFew = false
+						return syscall.EMFILE
+					}
+					return nil
+				}
+				r, err := command(image)
+				reached = image.Calls >= n
+				if image.Handles != 0 || r.Lost && !isDamaged ||
+					(reached && !isLock) != errors.Is(err, storetest.ErrDisk) { // nobody needs to read LOCK
+					t.Errorf("%s, call %d failed: %v, and %d files are open: %q", what, n, err, image.Handles,
+						r.Lines)
+				}
 			}
 		}
 	}
