@@ -23,7 +23,7 @@ func (o ofSomebody) Sys() any { return &syscall.Stat_t{Uid: o.user, Gid: 54321} 
 
 // Ensure that files made by root are given to the store's owner, without a system call for a file
 // that has this owner already. If they cannot be given, they stay root's and the log says so once,
-// also for a copy.
+// also for a copy. Ensure that nobody else gives a file away.
 func TestFilesOfRoot(t *testing.T) {
 	defer func() { geteuid, lchown = os.Geteuid, (*os.Root).Lchown }()
 	path := t.TempDir()
@@ -90,5 +90,12 @@ func TestFilesOfRoot(t *testing.T) {
 	lock.Close()
 	if want := []string{"file", LockName}; isOthers && !slices.Equal(given, want) {
 		t.Errorf("%q was given, want %q", given, want)
+	}
+
+	// Only root may give files away.
+	given, geteuid = nil, func() int { return 1000 }
+	if info, err := os.Stat(path); err != nil || keepOwner(d.root, "file", ofSomebody{info, 54321}) != nil ||
+		len(given) > 0 {
+		t.Errorf("a user gives away %q, %v", given, err)
 	}
 }

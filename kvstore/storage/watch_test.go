@@ -78,6 +78,7 @@ func TestTLSCertificatesAreReadAnew(t *testing.T) {
 		}
 
 		// A new pair comes file by file.
+		wantLog(0, map[string]int{"ends soon": 1})
 		world.Pass(look)
 		first := shown()
 		put("server.pem", read("server.pem")) // its key is not there yet
