@@ -411,20 +411,28 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 	}
 }
 
-// Ensure that a backup that fails leaves no file except LOCK, so that it can be tried again.
-func TestFailedBackupLeavesNoFile(t *testing.T) {
+// Ensure that a backup or a repair that fails, at whichever call, says so, and leaves no file except
+// LOCK, so that it can be tried again.
+func TestFailedCopyLeavesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())
+	for i := range 3 { // so that a snapshot has several frames
+		d.Put(fmt.Sprint("large", i), strings.Repeat("v", maxFrameSnapshot))
+	}
 	d.Close()
 
-	for n, reached := 1, true; reached; n++ {
-		out := storetest.New()
-		out.FailAt = n
-		_, err := Backup(dir, out)
-		reached = out.Calls >= n
-		delete(out.Names, storage.LockName)
-		if (err != nil) != reached || reached && len(out.Names) > 0 {
-			t.Errorf("call %d: %v; there is %v", n, err, slices.Sorted(maps.Keys(out.Names)))
+	for what, command := range map[string]func(dir, out storage.Directory) (Report, error){
+		"backup": Backup, "repair": Repair,
+	} {
+		for n, reached := 1, true; reached; n++ {
+			out := storetest.New()
+			out.FailAt = n
+			_, err := command(dir, out)
+			reached = out.Calls >= n
+			delete(out.Names, storage.LockName)
+			if (err != nil) != reached || reached && len(out.Names) > 0 {
+				t.Errorf("%s, call %d: %v; there is %v", what, n, err, slices.Sorted(maps.Keys(out.Names)))
+			}
 		}
 	}
 }

@@ -365,11 +365,51 @@ func TestStopKeepsRoomForDeletes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+
+	// While SPARE cannot be shortened, there is no room.
+	dir.Before = func(c storetest.Call) error {
+		if c == (storetest.Call{What: "truncate", Name: spareName}) {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	if err := roomToDelete(d, "key"); !errors.Is(err, storetest.ErrDisk) {
+		t.Errorf("SPARE cannot be shortened: %v", err)
+	}
+	dir.Before, d.noDelete = nil, refusal{}
+
 	for i, key := range slices.Sorted(maps.Keys(maps.Collect(d.All()))) {
 		if err := roomToDelete(d, key); err != nil {
 			t.Fatalf("no room for Delete %d: %v", i, err)
 		}
 		d.Delete(key)
+		if err := d.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Close()
+}
+
+// Ensure that a full disk keeps room to delete everything in the log if SPARE cannot be made.
+func TestDeletesWithoutSpare(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.minCompact = 1 << 40
+	dir.Room = 40_000
+	dir.Before = func(c storetest.Call) error {
+		if c == (storetest.Call{What: "create", Name: spareName}) {
+			return storetest.ErrDisk
+		}
+		return nil
+	}
+	pairs := fillDisk(t, d, 20, 1, 1)
+	if len(pairs) < 10 {
+		t.Fatalf("only %d writes are taken", len(pairs))
+	}
+	for i, p := range pairs {
+		if err := roomToDelete(d, p[0]); err != nil {
+			t.Fatalf("no room for Delete %d of %d: %v", i, len(pairs), err)
+		}
+		d.Delete(p[0])
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}

@@ -112,6 +112,11 @@ func TestLockLooksAgain(t *testing.T) {
 	if err := verify(); !errors.Is(err, ErrMoved) {
 		t.Errorf("where a file is in its way: %v", err)
 	}
+
+	dir.Close()
+	if err := verify(); err == nil || errors.Is(err, ErrMoved) {
+		t.Errorf("where the directory itself cannot be read: %v", err)
+	}
 }
 
 // mustOpen opens a directory.

@@ -108,8 +108,8 @@ type Stamp struct {
 func (s Stamp) IsSameFile(other Stamp) bool {
 	// A disk's IDs have no value to compare: os.SameFile needs both.
 	a, isInfo := s.ID.(fs.FileInfo)
-	b, isOtherInfo := other.ID.(fs.FileInfo)
-	if isInfo && isOtherInfo {
+	if isInfo {
+		b, _ := other.ID.(fs.FileInfo)
 		return os.SameFile(a, b)
 	}
 

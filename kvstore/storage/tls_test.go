@@ -5,6 +5,8 @@ import (
 	"crypto/x509"
 	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +36,26 @@ func TestTLSEndIsSaid(t *testing.T) {
 		if hasEnded := strings.Count(text, "has ended"); valid != c.valid || soon != c.soon ||
 			hasEnded != c.hasEnded {
 			t.Errorf("%v before the end: %d, %d and %d lines, want %+v", c.until, valid, soon, hasEnded, c)
+		}
+	}
+}
+
+// Ensure that files which cannot be used are an error that names them.
+func TestTLSFilesThatAreBad(t *testing.T) {
+	none, empty := filepath.Join(t.TempDir(), "none"), filepath.Join(t.TempDir(), "empty")
+	os.WriteFile(empty, nil, 0o600)
+	_, caErr := TLSConfig("", "", none)
+	_, emptyErr := TLSConfig("", "", empty)
+	_, watchErr := WatchTLS(none, none, "", nil, nil)
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{caErr, "cannot use the CA " + none}, {watchErr, "cannot use the certificate " + none},
+		{emptyErr, "cannot use the CA " + empty + ": it holds no certificate"},
+	} {
+		if c.err == nil || !strings.HasPrefix(c.err.Error(), c.want) {
+			t.Errorf("%v, want %s", c.err, c.want)
 		}
 	}
 }
