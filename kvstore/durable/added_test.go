@@ -122,7 +122,8 @@ func TestStrayLogFile(t *testing.T) {
 }
 
 // Ensure that a log file which somebody puts into the directory is removed durably if its number is
-// not higher than the newest file's: a power failure does not bring it back.
+// not higher than the newest file's, and that the log says so: a power failure does not bring it
+// back, even if the first Sync after that fails.
 func TestLeftoverIsRemoved(t *testing.T) {
 	for what, nameOf := range map[string]func(d *Store) string{
 		"an older segment": func(*Store) string { return "seg-1.log" },
@@ -131,7 +132,8 @@ func TestLeftoverIsRemoved(t *testing.T) {
 		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			dir, d := newSmall(t, Options{})
+			log := &strings.Builder{}
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
 			d.Put("key", "value")
 			if err := d.Commit(); err != nil {
 				t.Fatal(err)
@@ -153,9 +155,22 @@ func TestLeftoverIsRemoved(t *testing.T) {
 			f.Close()
 			dir.Sync()
 
-			<-time.After(lookTime)
-			if err := d.Commit(); err != nil {
-				t.Fatal(err)
+			syncs := 0
+			dir.Before = func(c storetest.Call) error {
+				if c == (storetest.Call{What: "sync"}) {
+					if syncs++; syncs == 1 {
+						return storetest.ErrDisk
+					}
+				}
+				return nil
+			}
+			look(t, d, 1)
+			if err := d.Room("", 2, 0); !errors.Is(err, ErrSpoiled) {
+				t.Errorf("%s: room for a Put before its removal is on disk: %v", what, err)
+			}
+			look(t, d, 1)
+			if err := d.Room("", 2, 0); err != nil || !strings.Contains(log.String(), "they are removed") {
+				t.Errorf("%s: room for a Put: %v; the log says\n%s", what, err, log)
 			}
 			for seed := range uint64(20) {
 				wantAll(t, fmt.Sprintf("%s, seed %d", what, seed),

@@ -114,8 +114,9 @@ func TestLookBesideACompaction(t *testing.T) {
 		t.Errorf("check: %v, %v", r, err)
 	}
 	d.Close()
-	if r, err := Check(&tornListing{Dir: dir}); err != nil || !r.Damaged {
-		t.Errorf("check where nobody else is: %v, %v", r, err)
+	r, err := Check(&tornListing{Dir: dir})
+	if err != nil || !r.Damaged || !errors.As(r.Err, new(*storage.DamageError)) {
+		t.Errorf("check where nobody else is: %v, %v, %v", r, r.Err, err)
 	}
 }
 
@@ -430,7 +431,7 @@ func TestFailedCopyLeavesNoFile(t *testing.T) {
 			_, err := command(dir, out)
 			reached = out.Calls >= n
 			delete(out.Names, storage.LockName)
-			if (err != nil) != reached || reached && len(out.Names) > 0 {
+			if errors.Is(err, storetest.ErrDisk) != reached || reached && len(out.Names) > 0 {
 				t.Errorf("%s, call %d: %v; there is %v", what, n, err, slices.Sorted(maps.Keys(out.Names)))
 			}
 		}

@@ -111,7 +111,8 @@ func (d *Store) lookForFiles() error {
 		return d.lookForFiles() // no compaction runs now, so all files count
 	}
 
-	if len(c.spoiled)+len(c.leftovers) > 0 {
+	// After a try that failed, what it has removed may not be on disk yet.
+	if len(c.spoiled)+len(c.leftovers) > 0 || d.noHeal != nil {
 		// If another process has the directory now, the files belong to that one.
 		err = d.lock.Verify()
 		if errors.Is(err, storage.ErrMoved) {

@@ -642,6 +642,36 @@ func TestNoHealOfWhatNobodySaw(t *testing.T) {
 	})
 }
 
+// Ensure that the files of a compaction that runs are not taken for somebody else's.
+func TestNoHealOfACompaction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log, goOn := &strings.Builder{}, make(chan struct{})
+		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(log, nil))})
+		dir.Before = func(c storetest.Call) error {
+			if strings.HasPrefix(c.Name, "snap-") && c.What == "sync" || c.What == "remove" {
+				<-goOn
+			}
+			return nil
+		}
+
+		fillUntil(d, d.isCompacting)
+		number := d.number()
+		look(t, d, 3)
+		goOn <- struct{}{}
+		synctest.Wait() // for the snapshot; the files that it replaces are there still
+		look(t, d, 3)
+		close(goOn)
+		d.AwaitCompaction()
+		look(t, d, 3)
+		if d.number() != number || strings.Contains(log.String(), "level=ERROR") {
+			t.Errorf("file %d became file %d, the log says\n%s", number, d.number(), log)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Ensure that Close heals a second time if the first try fails: only a failing call for the removed
 // file itself loses data.
 func TestCloseHealsAgain(t *testing.T) {

@@ -62,8 +62,8 @@ func TestRepair(t *testing.T) {
 			t.Errorf("repair does not say %q:\n%s", want, text)
 		}
 	}
-	if strings.Count(text, "LOST") != 1 {
-		t.Errorf("repair tells of other losses:\n%s", text)
+	if strings.Count(text, "LOST") != 1 || !errors.Is(report.Err, ErrLost) {
+		t.Errorf("repair tells of other losses:\n%s, %v", text, report.Err)
 	}
 
 	d, err := openStill(out, Options{})
@@ -85,6 +85,10 @@ func TestRepair(t *testing.T) {
 	}
 	if _, err := Repair(bad, again); !errors.Is(err, ErrNotEmpty) {
 		t.Errorf("repair into a store: %v", err)
+	}
+	bad.Locked = true
+	if _, err := Repair(bad, storetest.New()); !errors.Is(err, storage.ErrLocked) {
+		t.Errorf("repair of a store that is in use: %v", err)
 	}
 }
 
