@@ -387,6 +387,9 @@ func TestStopKeepsRoomForDeletes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if !d.diskIsFull.Load() {
+		t.Error("the disk counts as not full: the timer may use room that Deletes need")
+	}
 	d.Close()
 }
 
@@ -413,6 +416,34 @@ func TestDeletesWithoutSpare(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Fatal(err)
 		}
+	}
+	d.Close()
+}
+
+// Ensure that no log is compacted for a request that finds room without that, and that a store that
+// has failed asks for no room at all: it may be another process's by then.
+func TestRoomIsAskedFirst(t *testing.T) {
+	dir, d := newSmall(t, Options{Fsync: FsyncNever})
+	d.minCompact = 1 << 40
+	d.Put("key", "value")
+	for range 50 {
+		d.Set("more", strings.Repeat("v", 200))
+		if err := errors.Join(d.Room("", 300, 0), d.Commit()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Put("key", "value")
+	if err := errors.Join(d.Room("", 3000, 0), d.Room("key", 6000, 1)); err != nil || d.snapshot > 0 {
+		t.Errorf("there is room: %v; it has snapshot %d", err, d.snapshot)
+	}
+
+	dir.Moved = storage.ErrMoved
+	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
+		t.Errorf("a Commit after the loss of the directory: %v", err)
+	}
+	calls := dir.Calls
+	if err := errors.Join(d.Room("", 9000, 0), d.Room("key", 9000, 1)); err != nil || dir.Calls > calls {
+		t.Errorf("after a failure %d calls for room: %v", dir.Calls-calls, err)
 	}
 	d.Close()
 }

@@ -440,6 +440,14 @@ func TestRepairNamesEveryGap(t *testing.T) {
 			image.Names["seg-2.log"].Data = b
 		},
 
+		"the records of a frame make no sense": func(image *storetest.Dir, id storeID) {
+			f, b := first(image, id, "seg-2.log", 2)
+			payload := bytes.Repeat([]byte("\xff"), int(f.length))
+			copy(b[headerSize:], appendFrame(nil, fileHeader{kind: kindSegment, id: id, number: 2}.seed(), f,
+				payload))
+			image.Names["seg-2.log"].Data = b
+		},
+
 		"the newest segment is missing": func(image *storetest.Dir, _ storeID) {
 			delete(image.Names, "seg-4.log")
 		},

@@ -264,9 +264,6 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 // read any log file.
 func checkNames(dir storage.Directory) error {
 	names, err := listOurs(dir)
-	if err != nil {
-		return err
-	}
 	for _, name := range append(names, storage.LockName) {
 		err = cmp.Or(err, checkFile(dir, name))
 	}
