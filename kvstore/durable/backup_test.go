@@ -412,8 +412,8 @@ func TestBackupOfALogWithAHole(t *testing.T) {
 	}
 }
 
-// Ensure that a backup or a repair that fails, at whichever call, says so, and leaves no file except
-// LOCK, so that it can be tried again.
+// Ensure that a backup or a repair that fails, at whichever call, says so, and leaves no file
+// except LOCK, so that it can be tried again.
 func TestFailedCopyLeavesNoFile(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	storetest.Script(t, d, storetest.NewHistory())

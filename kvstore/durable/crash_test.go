@@ -345,8 +345,8 @@ func TestStopOnAFullDisk(t *testing.T) {
 	}
 }
 
-// Ensure that everything can be deleted after a stop on a full disk, even if all room for Deletes was
-// in the log, and another program takes what is free then.
+// Ensure that everything can be deleted after a stop on a full disk, even if all room for Deletes
+// was in the log, and another program takes what is free then.
 func TestStopKeepsRoomForDeletes(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.zerosAhead, d.segmentSize = 30_000, 1<<20
@@ -356,8 +356,8 @@ func TestStopKeepsRoomForDeletes(t *testing.T) {
 	}
 	dir.Room = sizeOf(dir)
 	fillDisk(t, d, 20, 1, 1)
-	if err := d.Close(); err != nil {
-		t.Fatal(err)
+	if err := d.Close(); err != nil || dir.Handles > 0 {
+		t.Fatalf("Close: %v, and %d files are open", err, dir.Handles)
 	}
 
 	dir.Room = sizeOf(dir)

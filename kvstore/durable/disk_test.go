@@ -256,8 +256,8 @@ func TestDirectoryForAFile(t *testing.T) {
 	}
 }
 
-// Ensure that an empty directory in the place of the next temporary file, or of STORE, does not keep
-// a removed file from being written again.
+// Ensure that an empty directory in the place of the next temporary file, or of STORE, does not
+// keep a removed file from being written again.
 func TestHealBesideADirectoryForAFile(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can remove a file that is in use

@@ -363,8 +363,8 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	}
 }
 
-// Ensure that while an fsync finds no room, each Commit tries it again and says so, and Syncing names
-// the file, until there is room.
+// Ensure that while an fsync finds no room, each Commit tries it again and says so, and Syncing
+// names the file, until there is room.
 func TestNoRoomIsTriedAgain(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 	isFull := true

@@ -145,8 +145,8 @@ func TestStampsOfADisk(t *testing.T) {
 	}
 }
 
-// Ensure that a file which is removed while Stamps reads the directory is left out. The list of this
-// process's descriptors always has one that is gone after it was read: that of the list.
+// Ensure that a file which is removed while Stamps reads the directory is left out. The list of
+// this process's descriptors always has one that is gone after it was read: that of the list.
 func TestStampsBesideARemoval(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		return // there is no such directory

@@ -220,8 +220,8 @@ func TestMissingLock(t *testing.T) {
 	})
 }
 
-// Ensure that a start does not take a LOCK that a server has just made again and has not locked yet,
-// where only LOCK is locked, and that nothing is left of an older LOCK's text.
+// Ensure that a start does not take a LOCK that a server has just made again and has not locked
+// yet, where only LOCK is locked, and that nothing is left of an older LOCK's text.
 func TestLockThatIsJustMade(t *testing.T) {
 	older := strings.Repeat("by somebody ", 20)
 	for text, wait := range map[string]time.Duration{"": noticeTime, older: 0} {
@@ -313,8 +313,8 @@ func TestInUseBesideAnotherLock(t *testing.T) {
 	})
 }
 
-// Ensure that where only LOCK is locked, a link in its place ends the lock, and that a new LOCK which
-// cannot be locked is removed: otherwise it would count as another process's.
+// Ensure that where only LOCK is locked, a link in its place ends the lock, and that a new LOCK
+// which cannot be locked is removed: otherwise it would count as another process's.
 func TestLinkForPlainLock(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // nobody can replace a lock
@@ -444,6 +444,9 @@ func TestNewLockOfAnother(t *testing.T) {
 		if err := lock.(*diskLock).lockNew(); !errors.Is(err, ErrLocked) {
 			t.Errorf("it locks another's LOCK: %v", err)
 		}
+		if err := lock.(*diskLock).again(); !errors.Is(err, os.ErrExist) {
+			t.Errorf("it makes LOCK while another's is there: %v", err)
+		}
 		if !second.isThis(other.(*diskLock).file, LockName) {
 			t.Error("it has removed another's LOCK")
 		}
@@ -482,8 +485,8 @@ func TestFailedLockLeavesNothing(t *testing.T) {
 	lock.Close()
 }
 
-// Ensure that a start that fails because the directory itself is locked leaves no file open, and that
-// it tries for 50 ms.
+// Ensure that a start that fails because the directory itself is locked leaves no file open, and
+// that it tries for 50 ms.
 func TestFailedLockClosesTheDirectory(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		return // the directory is not locked
