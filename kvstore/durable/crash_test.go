@@ -354,6 +354,8 @@ func TestStopKeepsRoomForDeletes(t *testing.T) {
 	if err := d.Commit(); err != nil {
 		t.Fatal(err)
 	}
+
+	// The disk is full, except for the room in the log.
 	dir.Room = sizeOf(dir)
 	fillDisk(t, d, 20, 1, 1)
 	if err := d.Close(); err != nil || dir.Handles > 0 {
@@ -408,6 +410,8 @@ func TestDeletesWithoutSpare(t *testing.T) {
 	if len(pairs) < 10 {
 		t.Fatalf("only %d writes are taken", len(pairs))
 	}
+
+	// Nothing but the log has room now.
 	for i, p := range pairs {
 		if err := roomToDelete(d, p[0]); err != nil {
 			t.Fatalf("no room for Delete %d of %d: %v", i, len(pairs), err)
@@ -425,6 +429,8 @@ func TestDeletesWithoutSpare(t *testing.T) {
 func TestRoomIsAskedFirst(t *testing.T) {
 	dir, d := newSmall(t, Options{Fsync: FsyncNever})
 	d.minCompact = 1 << 40
+
+	// The log is much larger than the data.
 	d.Put("key", "value")
 	for range 50 {
 		d.Set("more", strings.Repeat("v", 200))
@@ -437,6 +443,7 @@ func TestRoomIsAskedFirst(t *testing.T) {
 		t.Errorf("there is room: %v; it has snapshot %d", err, d.snapshot)
 	}
 
+	// From here on the directory is another process's.
 	dir.Moved = storage.ErrMoved
 	if err := d.Commit(); !errors.Is(err, storage.ErrMoved) {
 		t.Errorf("a Commit after the loss of the directory: %v", err)

@@ -180,6 +180,8 @@ func TestHealKnowsItsDirectory(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+
+		// While the path is a loop, nobody knows.
 		os.Remove(filepath.Join(path, storage.StoreName))
 		os.Rename(path, path+".old")
 		if err := os.Symlink(path, path); err != nil {
@@ -199,6 +201,7 @@ func TestHealKnowsItsDirectory(t *testing.T) {
 			}
 		}
 
+		// Then it leads nowhere.
 		os.Remove(filepath.Join(path, storage.StoreName))
 		os.Rename(path, path+".old")
 		d.lookAfter = time.Time{}
@@ -654,6 +657,7 @@ func TestNoHealOfACompaction(t *testing.T) {
 			return nil
 		}
 
+		// First there is a temporary file.
 		fillUntil(d, d.isCompacting)
 		number := d.number()
 		look(t, d, 3)
