@@ -1447,6 +1447,8 @@ func TestMaxClients(t *testing.T) {
 			return number
 		}
 		is.Equal(t, "clients too many that stay", staying(), maxRejecting)
+		closeClients([]*protocol.Client{a, c})
+		synctest.Wait()
 		is.Within(t, 0, drainTime, n.server.Close)
 		is.Equal(t, "clients too many that stay behind Close", staying(), 0)
 		closeClients(told)
@@ -1472,10 +1474,12 @@ func TestMaxClientsOverTLS(t *testing.T) {
 
 // Ensure that clients, handshakes and -http together open no more files than the process may.
 func TestMaxClientsAreFewerThanFiles(t *testing.T) {
-	s := New(kvstore.NewMemory())
-	s.tls = new(tls.Config)
-	applyLimits(s, config{maxClients: math.MaxInt, http: "x"})
-	is.Equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
+	for http, watchers := range map[string]int{"x": maxWatchers, "": 0} {
+		s := New(kvstore.NewMemory())
+		s.tls = new(tls.Config)
+		applyLimits(s, config{maxClients: math.MaxInt, http: http})
+		is.Equal(t, "files", s.maxClients+s.handshakes+watchers+spareFiles, storage.OpenFiles())
+	}
 }
 
 // Ensure that with -max-memory clients count for half of the data's share at most, as the log says.
@@ -1615,6 +1619,7 @@ func TestTurns(t *testing.T) {
 // ---- server.go: the store, and Commit
 
 func TestStoreOfAnyKind(t *testing.T) { protocol.StoreOfAnyKind(t, serveOn, helpLines) }
+func TestStoreIsTouched(t *testing.T) { protocol.StoreIsTouched(t, serveOn, touchLeast) }
 
 // Ensure that files that somebody removes under an idle server are written again without a request,
 // so that kill -9 loses nothing.
@@ -1836,39 +1841,8 @@ func jump(n *fakeNet) (by func(time.Duration)) {
 
 // ---- server.go: Takes that wait
 
-func TestTakeWaitsInLine(t *testing.T) { protocol.TakeWaitsInLine(t, serveEmpty) }
-
-// Ensure that a Take waits exactly as long as it says, and that it delays no other client, no other
-// key, and no earlier request of its own client.
-func TestTakeWaitsItsTime(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		// A client whose Take waits is not one that accepts nothing.
-		n.server.writeTimeout = time.Second
-		a, b := n.Dial(t), n.Dial(t)
-		a.Ask("Ack", ":OK 0")
-
-		for _, seconds := range []int{1, 30, 3600} {
-			// The line is begun before, so that a tick is under way when the Take comes.
-			a.Send("Pu")
-			world.Pass(300 * time.Millisecond)
-			start := time.Now()
-			a.Send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n", seconds))
-			a.Want(":OK 1", "j:1", ":OK 1")
-
-			synctest.Wait()
-			b.Ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
-			is.Equal(t, "the wait of others", time.Since(start), 0)
-
-			a.Want(":OK 0")
-			is.Equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
-
-			a.Ask("Delete:j", ":OK 1")
-			b.Ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
-		}
-
-		b.WantStat("waiting_takes", 0)
-	})
-}
+func TestTakeWaitsInLine(t *testing.T)  { protocol.TakeWaitsInLine(t, serveEmpty) }
+func TestTakeWaitsItsTime(t *testing.T) { protocol.TakeWaitsItsTime(t, serveEmpty) }
 
 // Ensure that a Take must not take a value any more, instead of just ending its wait, if nobody
 // could be told of the value.
@@ -3051,6 +3025,10 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 		b.queued.Add(-b.limit)
 		closeClients(mute)
 	})
+
+	var none budget // without both limits
+	is.Equal(t, "there is no room in queues without a limit", none.isAtLimit(), false)
+	is.Equal(t, "bytes of a list", none.forList(), maxList)
 }
 
 // Ensure that lists held by a waiting chain or a Keys count like messages; that all of it is given
@@ -3154,15 +3132,23 @@ func TestMemoryIsAddedAtOnce(t *testing.T) {
 		}
 	})
 
-	for range 1000 * kilo {
-		if !addUpTo(&sum, 1, 9) {
-			t.Fatal("1 byte of 9 is refused")
-		}
-		sum.Add(-1)
+	var modest sync.WaitGroup
+	for range 2 {
+		modest.Go(func() {
+			for range 500 * kilo {
+				if !addUpTo(&sum, 1, 9) {
+					t.Error("1 byte of 9 is refused")
+					return
+				}
+				sum.Add(-1)
+			}
+		})
 	}
 
+	modest.Wait()
 	close(done)
 	greedy.Wait()
+	is.Equal(t, "the sum in the end", sum.Load(), 0)
 }
 
 // ---- server.go: listening
@@ -4232,6 +4218,17 @@ func TestSlowReaderFate(t *testing.T) {
 		got, why := client.outbox.decide(1, false, true)
 		is.Equal(t, fmt.Sprintf("drips: %v (%q)", drips, why), got, want)
 	}
+
+	// Writes need the memory of removed values, but not from a client that keeps none.
+	s.budget.waitingLines.Store(0)
+	s.budget.pinned.Store(1 << 30)
+	s.budget.collected(s.budget.forData() * 2)
+	client.outbox.drips = true
+	for pinned, want := range map[int64]fate{0: waits, 1: isCutOff} {
+		client.outbox.pinned = pinned
+		got, why := client.outbox.decide(1, false, false)
+		is.Equal(t, fmt.Sprintf("keeps %d bytes (%q)", pinned, why), got, want)
+	}
 }
 
 // Ensure that a client that has taken bytes after a pause is not slow in a pause of 1.7 s, which a
@@ -4508,6 +4505,7 @@ func (s simulated) Left() (what []string) {
 		"slots are taken": int64(len(s.cores.slots) + len(s.snapshots.slots) +
 			len(s.budget.anyLine.slots) + len(s.budget.freeing.slots)),
 		"clients have not left": int64(s.welcomed - s.departed),
+		"queues of Takes stay":  int64(len(s.takes.of)),
 	} {
 		if n != 0 {
 			what = append(what, fmt.Sprint(n, " ", name))

@@ -130,7 +130,8 @@ func SlowLineIsAnsweredOnce(t *testing.T, start Start) {
 	})
 }
 
-// SlowLineEndsInTime ensures that the time of a line is what its error says, to the tick.
+// SlowLineEndsInTime ensures that the time of a line is what its error says, to the tick, and that
+// its client has a moment to read the error.
 func SlowLineEndsInTime(t *testing.T, start Start) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		a := n.Dial(t)
@@ -138,6 +139,9 @@ func SlowLineEndsInTime(t *testing.T, start Start) {
 		is.Within(t, lineTime, lineTime, func() {
 			a.Want(":ERROR line 1: the line was begun but not ended within 30s")
 		})
+		a.WantClosed()
+		world.Pass(drainTime / 2)
+		a.Send("v") // its client may hear of the end late
 		a.Close()
 	})
 }

@@ -75,6 +75,37 @@ func TakeWaitsInLine(t *testing.T, start Start) {
 	})
 }
 
+// TakeWaitsItsTime ensures that a Take waits exactly as long as it says, whether or not a line has
+// begun behind it, and that it delays no other client, no other key, and no earlier request of its
+// own client. A client whose Take waits is not one that accepts nothing.
+func TakeWaitsItsTime(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a, b := n.Dial(t), n.Dial(t)
+		a.Ask("Ack", ":OK 0")
+
+		for i, seconds := range []int{1, 30, 3600} {
+			// The line is begun before, so that a tick is under way when the Take comes.
+			a.Send("Pu")
+			world.Pass(300 * time.Millisecond)
+			start, next := time.Now(), "Delete:j"
+			a.Send(fmt.Sprintf("t:j:1\nGet:j\nTake:k:%d\n%s", seconds, next[:i]))
+			a.Want(":OK 1", "j:1", ":OK 1")
+
+			synctest.Wait()
+			b.Ask("Get:j\nPut:l:v\nTake:l:5\nTake:k\nPing", "j:1", "l:v", ":PONG")
+			is.Equal(t, "the wait of others", time.Since(start), 0)
+
+			a.Want(":OK 0")
+			is.Equal(t, "the wait of a Take", time.Since(start), time.Duration(seconds)*time.Second)
+
+			a.Ask(next[i:], ":OK 1")
+			b.Ask("Put:k:v\nTake:k\nPing", "k:v", ":PONG") // no Take waits any more
+		}
+
+		b.WantStat("waiting_takes", 0)
+	})
+}
+
 // TakeOfClientsThatGo ensures that the Take of a client that has gone leaves the line, and that
 // the Take of a client that has only half-closed stays.
 func TakeOfClientsThatGo(t *testing.T, start Start) {
