@@ -1815,10 +1815,10 @@ func (o *outbox) decide(n int, mayDrop, mayCut bool) (what fate, why string) {
 func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayDrop := q.mayDrop(o.acked) && !hasBegun // a reply that has begun is not dropped
 
-	// A client may be cut after Ack, or while it waits for a Keys or Dump. Without Ack a client may
-	// be cut if it has sent long lines (waitingText) and this reply may not be dropped. (For pinned
-	// values any client may be cut: see decide.)
-	mayCut := o.acked || o.listing != nil || o.waitingText > 0 && !mayDrop
+	// A client may be cut after Ack, while it waits for a Keys or Dump, and if it has sent long lines
+	// (waitingText). If it is slow, a reply that may be dropped is dropped instead. (For pinned values
+	// any client may be cut: see decide.)
+	mayCut := o.acked || o.listing != nil || o.waitingText > 0
 
 	for {
 		// Look at what the connection did last. With nothing queued that makes no difference.

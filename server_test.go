@@ -2881,6 +2881,27 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 	})
 }
 
+// Ensure that a client that hardly reads is cut off, before Ack as well, while lines whose replies
+// wait keep all others waiting, but not otherwise.
+func TestMemoryLimitOfLinesBeforeDrips(t *testing.T) {
+	for others, stays := range map[int64]int{0: 1, 1 << 30: 0} { // bytes of others' lines
+		inBubble(t, func(t *testing.T, n *fakeNet) {
+			b := n.limit(64<<20, 1<<20)
+			b.waitingLines.Add(others)
+			n.fill("k", strings.Repeat("v", 5*kilo), 1)
+			a := n.Dial(t)
+			go a.SendSome("Put:l:" + strings.Repeat("v", 90*kilo) + strings.Repeat("\nGet:k", 250) + "\n")
+			for range 4 * dripTime / lookTime {
+				world.Pass(lookTime)
+				a.Conn.Read(make([]byte, 5*kilo))
+			}
+			is.Equal(t, fmt.Sprint("clients beside ", others, " bytes"), n.server.CountActive(), stays)
+			b.waitingLines.Add(-others)
+			a.Close()
+		})
+	}
+}
+
 // Ensure that a line which ends with its connection, or is skipped, keeps no other waiting, though
 // its client reads nothing.
 func TestMemoryLimitOfALineWithoutEnd(t *testing.T) {
