@@ -179,7 +179,7 @@ const needsKey = "a key, without a colon in it"
 //   - a line in the README's table, in its lists of replies that always end in ":OK n" and of what
 //     n counts, in the row of -c if it tells, and in the conversations of the tests (otherwise
 //     TestEveryRequest fails); the conversations test everything else;
-//   - its counter in the list of TestStats.
+//   - its counter in the list of protocol.Stats.
 var verbs = [queryTypes]verb{
 	put: {name: "Put", form: "Put:key:value", needs: "a key and a value",
 		does:  "add value to the key's list, colons allowed",

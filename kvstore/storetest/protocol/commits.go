@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -36,7 +37,7 @@ func CommitBeforeGets(t *testing.T, start StartOn) {
 			c.Want(":PONG")
 			b.WantNothing()
 
-			c.Post("Keys\n") // it is not run if that Commit fails
+			c.Post("Put:late:v\nKeys\n") // they are not run if that Commit fails
 			store.Gate <- failure
 			if failure == nil {
 				b.Want("k:v")
@@ -46,8 +47,10 @@ func CommitBeforeGets(t *testing.T, start StartOn) {
 				store.Gate <- nil
 			}
 			if failure == nil {
-				c.Want(": k", ":OK 1")
+				c.Want(": k", ": late", ":OK 2")
 			}
+			synctest.Wait()
+			is.Equal(t, fmt.Sprint("a Put after a Commit has run, ", failure), store.Count("late") > 0, failure == nil)
 		})
 	}
 }

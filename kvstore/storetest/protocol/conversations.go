@@ -2,12 +2,17 @@ package protocol
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"kvserver/kvstore"
 	"kvserver/kvstore/storetest/is"
+	"kvserver/kvstore/storetest/world"
 )
 
 // What other clients are told, whose first line is of HTTP or of RESP, the protocol of Redis.
@@ -362,4 +367,55 @@ func Conversations(t *testing.T, start Start, help []string) {
 			})
 		})
 	}
+}
+
+// Stats ensures that Stats counts what was done, including all requests before it. A client takes
+// perClient bytes.
+func Stats(t *testing.T, start StartOn, perClient int64) {
+	synctest.Test(t, func(t *testing.T) {
+		db := kvstore.NewMemory()
+		n := start.on(t, db)
+		n.Dial(t).Ask("GET / HTTP/1.1", strings.Split(strings.TrimSuffix(badRequest, "\n"), "\n")...)
+		world.Pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
+
+		a := n.Dial(t)
+		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
+			"Ping\nStats\nAck\nStats\n")
+		a.Want("key:value", "key:v2",
+			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		synctest.Wait()
+
+		lines := []string{
+			": version test", ": uptime_seconds 3", ": clients 1", ": clients_left_total 1",
+			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
+			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
+			": swap_requests_total 0", ": add_requests_total 0", ": lease_requests_total 0",
+			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 0",
+			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
+			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
+			": quit_requests_total 0",
+			": refused_requests_total 2", ": replies_dropped_total 0", ": queued_bytes 0",
+			": queued_limit_bytes 1073741824", ": writes_refused_total 0",
+			": waiting_takes 0", ": expired_keys_total 0", ": clients_refused_total 0",
+			": tls_handshakes_failed_total 0", ": keys 1",
+			": values 2", ": expiring_keys 0", ": data_bytes 10", ": memory_bytes " +
+				fmt.Sprint(db.Footprint()+perClient), ": memory_limit_bytes 0",
+		}
+
+		wantAll := func() {
+			a.Want(lines...)
+			if line := a.Read(); !regexp.MustCompile(`^: process_bytes \d{6,}$`).MatchString(line) {
+				t.Errorf("got %q", line)
+			}
+			a.Want(":OK " + strconv.Itoa(len(lines)+1))
+		}
+
+		wantAll()
+		a.Want(":OK 0")
+
+		// The second Stats counts the first, and the Ack.
+		lines[slices.Index(lines, ": ack_requests_total 0")] = ": ack_requests_total 1"
+		lines[slices.Index(lines, ": stats_requests_total 1")] = ": stats_requests_total 2"
+		wantAll()
+	})
 }

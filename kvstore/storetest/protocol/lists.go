@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -46,6 +47,38 @@ func Expire(t *testing.T, start Start) {
 			}
 		})
 	}
+}
+
+// ExpireWhileTheClockJumps ensures that a deadline is a time of the wall clock, and follows its
+// jumps.
+func ExpireWhileTheClockJumps(t *testing.T, start func(*testing.T, func() time.Time) *Net) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ahead atomic.Int64
+		n := start(t, func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) })
+		by := func(d time.Duration) { ahead.Add(int64(d)) }
+		a := n.Dial(t)
+		a.Ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")
+		world.Pass(600 * time.Millisecond)
+		a.Ask("Expire:k", ": 3600", ":OK 1") // rounded up
+
+		by(-time.Hour)
+		a.Ask("Expire:k", ": 7200", ":OK 1")
+		world.Pass(time.Hour + time.Minute)
+		a.Ask("Expire:k", ": 3540", ":OK 1")
+
+		by(time.Hour)
+		a.Ask("Get:k\nExpire:k", ":OK 0")
+		a.Ask("Expire:l", ": 5340", ":OK 1")
+
+		by(-2 * time.Hour)
+		a.Ask("Get:k\nExpire:l", ": 12540", ":OK 1") // a key that has gone does not come back
+
+		by(4 * time.Hour)
+		world.Pass(2 * expireTime)
+		a.Ask("Keys", ":OK 0")
+		a.HangUp()
+	})
 }
 
 // TakeWaitsInLine ensures that the first of the Takes that wait for a key gets the next value,
@@ -145,6 +178,35 @@ func TakeOfClientsThatGo(t *testing.T, start Start) {
 			a.Close()
 		})
 	}
+}
+
+// TakeWaitsWhileItsClientSends ensures that requests that a client sends while its Take waits are
+// run after it, in order and whatever their size, and that a line that is begun meanwhile may be
+// ended later. The server takes lines of 300 kB.
+func TakeWaitsWhileItsClientSends(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a, b := n.Dial(t), n.Dial(t)
+		a.Post(strings.Repeat("Put:burst:v\n", 5000) + "Take:k:600\n")
+
+		c := n.Dial(t)
+		c.Send("Take:m:600\nPut:m:be")
+
+		long := strings.Repeat("x", 200*kilo)
+		go a.Send("Put:l:a\nPut:l:" + long + "\nPut:l:b\nGet:l\nPut:l:be")
+		world.Pass(lineTime + 5*time.Second)
+		b.Ask("Count:burst\nCount:l", ":OK 5000", ":OK 0")
+
+		b.Send("Put:k:v\n")
+		a.Want("k:v", "l:a", "l:"+long, "l:b")
+
+		// A line that was begun during the wait has its time from the Take's end.
+		world.Pass(lineTime - 5*time.Second)
+		a.Ask("gun\nTake:l\nPing", "l:a", ":PONG")
+
+		b.Ask("Count:l\nPut:m:v", ":OK 3")
+		c.Want("m:v")
+		c.Ask("hind\nTake:m\nPing", "m:behind", ":PONG")
+	})
 }
 
 // TakeBeforeASlowLine ensures that a line that does not end is refused in its time, also after a

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"kvserver/kvstore"
+	"kvserver/kvstore/storetest"
 	"kvserver/kvstore/storetest/is"
 	"kvserver/kvstore/storetest/world"
 )
@@ -196,6 +197,31 @@ func TakeIsSmallWhileItWaits(t *testing.T, start Start, burst int, quietAfter ti
 		for i, a := range clients {
 			a.Ask(fmt.Sprintf("Put:k%d:v", i+1)) // the next one's
 			a.Close()
+		}
+	})
+}
+
+// MemoryOfQuietClients ensures that clients that were busy, with bursts of so many requests, and
+// are quiet now, give back their memory.
+func MemoryOfQuietClients(t *testing.T, start Start, quietAfter time.Duration, bursts ...int) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		n.run(t, "Put:k:v\n")
+		speak := func(a *Client, times int) {
+			go a.Send(strings.Repeat("Get:k\n", times))
+			for range times {
+				a.Want("k:v")
+			}
+		}
+
+		clients := n.DialMany(t, storetest.Fewer(20, 2), func(_ int, a *Client) { speak(a, 1) })
+		before := HeapOfQuiet(quietAfter)
+
+		for _, burst := range bursts {
+			for _, a := range clients {
+				speak(a, burst)
+			}
+			is.Between(t, fmt.Sprint("bytes more of a quiet client after a burst of ", burst),
+				(HeapOfQuiet(quietAfter)-before)/len(clients), math.MinInt, 2<<10)
 		}
 	})
 }
