@@ -282,7 +282,7 @@ type input struct {
 	lineSlot slot    // of budget.anyLine or budget.freeing: buf may grow until the begun line ends
 
 	ticking     bool          // a read deadline is set
-	begunAtTick bool          // the begun line was there when the deadline was set
+	begunAtTick bool          // a line has begun, and was there when the deadline was set
 	hardlyCame  bool          // the begun line hardly came in the last tick
 	newBytes    int           // bytes read since the last tick
 	lineTook    time.Duration // how long the begun line has been read
@@ -639,13 +639,13 @@ func (c *Client) tick() error {
 	in := &c.in
 
 	// A Take that waits has memory of its own, so nothing below touches it.
-	waits := c.mayTakeWait() && time.Now().Before(c.takeUntil) && len(c.done) == 0
+	waits := time.Now().Before(c.takeUntil) && len(c.done) == 0
 	if !waits {
 		c.await()
 	}
 
 	// A line that was there at the last tick, and hardly comes, gives way to others that wait.
-	isOld := in.midLine() && in.begunAtTick && !waits
+	isOld := in.begunAtTick && !waits
 	if isOld && in.givesWay(&c.server.budget) {
 		c.skipLine(tooLongNow)
 	}
@@ -727,8 +727,7 @@ func (c *Client) resizeInput() bool {
 	switch next := min(8*size, burstSize); {
 	case size == 0:
 		size = quietSize
-	case in.filled && size < next &&
-		(next <= grantedSize || c.acquireInput(next, cap(in.queries), b.forBursts())):
+	case in.filled && size < next && c.acquireInput(next, cap(in.queries), b.forBursts()):
 		size = next
 
 	// The lines are long: in a larger buffer fewer of them are incomplete, and have to be copied.
@@ -1536,14 +1535,9 @@ func (o *outbox) replyAll(chain *Query) {
 
 const stringSize = 16 // bytes of a string beside its text
 
-// measure returns how many bytes the replies of chain take, and notes the size of each reply. For a
-// broken connection it returns 0 and notes nothing. It looks at no value, because there may be
-// many.
+// measure returns how many bytes the replies of chain take, and notes the size of each reply. It
+// looks at no value, because there may be many.
 func (o *outbox) measure(chain *Query) (size int64) {
-	if o.client.isGone() {
-		return 0
-	}
-
 	// An Ack is valid for the requests after it in the chain.
 	acked := o.acked
 	for q := chain; q != nil; q = q.next {
@@ -1821,13 +1815,11 @@ func (o *outbox) awaitRoom(n int, q *Query, hasBegun bool) bool {
 	mayCut := o.acked || o.listing != nil || o.waitingText > 0
 
 	for {
-		// Look at what the connection did last. With nothing queued that makes no difference.
-		if len(o.client.buffer) > 0 {
-			select {
-			case taken := <-o.client.progress:
-				o.slow = !taken
-			default:
-			}
+		// Look at what the connection did last.
+		select {
+		case taken := <-o.client.progress:
+			o.slow = !taken
+		default:
 		}
 
 		// If others need the memory of this chain, give up the replies that may be dropped.

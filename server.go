@@ -474,10 +474,7 @@ func (s *keyValueServer) receive(ctx context.Context, conn net.Conn) {
 	// Commit lasts, workLoop takes no handshake that has ended, and then others wait for a slot
 	// here.
 	place := slot{of: &s.shaking}
-	if !place.acquire(s.closeSignal) {
-		guest.Close()
-		return
-	}
+	place.acquire(s.closeSignal) // once the server closes, handshakes are cancelled at once
 	s.accepting.Go(func() {
 		s.shakeHands(ctx, guest)
 		place.release()
@@ -926,7 +923,7 @@ func (g *gathering) mustWait() bool {
 	switch {
 	case g.took < slowCommit || g.writers == 0 || g.missing <= 0 || g.timedOut:
 		return false
-	case g.timer == nil && g.skip > 0:
+	case g.skip > 0:
 		g.skip--
 		return false
 	}
@@ -1910,7 +1907,7 @@ func (c counter) write(w io.Writer) {
 
 // stats returns the rows that Stats and /metrics both show. Only workLoop calls it. To add a row,
 // give it a name that ends in _total if it counts events, and a sentence of help, and add it to
-// TestStats in the same place. A value that changes by itself is an exception in
+// protocol.Stats in the same place. A value that changes by itself is an exception in
 // TestWatchHasTheCountersOfStats.
 func (s *keyValueServer) stats() []counter {
 	// The memory rows below are to be up to date.
