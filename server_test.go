@@ -2573,7 +2573,7 @@ func TestMemoryLimitThatCameNearer(t *testing.T) {
 		b.inputs.Add(b.forInput())
 		b.anyLine.slots <- struct{}{}
 		a := n.DialAck(t)
-		go a.SendSome("Set:k:" + strings.Repeat("v", 60*kilo) + "\n")
+		go a.SendSome("Set:k:" + strings.Repeat("v", 60*kilo))
 		synctest.Wait()
 
 		b.waitingLines.Add(b.limit)
@@ -2582,7 +2582,7 @@ func TestMemoryLimitThatCameNearer(t *testing.T) {
 		is.Equal(t, "slots that are taken", len(b.anyLine.slots), 0)
 
 		b.waitingLines.Add(-b.limit)
-		a.Want(":OK 0")
+		a.Ask("", ":OK 0")
 		b.inputs.Add(-b.forInput())
 	})
 }
