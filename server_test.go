@@ -473,6 +473,9 @@ func TestLogSaysWhyAClientLeft(t *testing.T) {
 		a.Send("Get:big\nGet:big\n")
 		world.Pass(2 * slowAfter)
 		a.Close()
+		c := n.Dial(t)
+		c.Post("Get:big\n")
+		c.Close() // a Write fails
 		synctest.Wait()
 
 		b := n.Dial(t)
@@ -1630,9 +1633,18 @@ func TestTurns(t *testing.T) {
 		is.Between(t, "a round of short Updates after long ones", took, maxRound, maxRound+maxStride*takes)
 
 		takes = 2 * time.Millisecond
-		turn()
+		first, _ = turn()
+		is.Between(t, "the first long Updates after short ones", first, 0, maxStride/searchCost)
 		again, _ := turn()
 		is.Between(t, "long Updates after short ones", again, 0, 1)
+
+		// The time of a chain is its client's, however short it is.
+		takes = time.Microsecond
+		turn()
+		turn()
+		last, before := &Query{queryType: update, client: c, key: "k"}, c.share.spent
+		s.runChain(last, last)
+		is.Equal(t, "the time of one short Update", c.share.spent-before, takes)
 	})
 }
 
@@ -1699,10 +1711,7 @@ func TestCommitBeforeGets(t *testing.T) { protocol.CommitBeforeGets(t, serveOn) 
 func TestCommitGathers(t *testing.T)    { protocol.CommitGathers(t, serveOn) }
 func TestCommitWithoutRoom(t *testing.T) {
 	protocol.CommitWithoutRoom(t, func(t *testing.T, db kvstore.Store) *protocol.Net {
-		n := newFakeNet()
-		n.server.db, n.server.status = db, &storage.Status{}
-		t.Cleanup(n.server.Close)
-		return n.Net
+		return serveWith(func(s *keyValueServer) { s.db, s.status = db, &storage.Status{} })(t)
 	})
 }
 
@@ -1728,13 +1737,24 @@ func TestCommitGathersOnlyIfThatPays(t *testing.T) {
 	g.writers, g.missing = 9, 1
 	is.Equal(t, "a wait when nearly all have come", g.mustWait(), false)
 
-	s := New(kvstore.NewMemory())
-	s.gathering = gathering{writers: 1, missing: 9, took: time.Second}
-	for range maxBatch {
-		s.batch = append(s.batch, chainOf(s, 0, 0))
+	g = gathering{number: 5, missing: 1}
+	g.excuse(&share{wroteIn: 4})
+	is.Equal(t, "steady clients that have not come, beside one that seldom writes", g.missing, 1)
+
+	// Neither a full batch waits, nor one for which a client waits that is heavy.
+	for chains, heavy := range map[int]int{maxBatch: 0, 1: 1} {
+		s := New(kvstore.NewMemory())
+		s.gathering = gathering{writers: 1, missing: 9, took: time.Second}
+		for range chains {
+			s.batch = append(s.batch, chainOf(s, 0, 0))
+		}
+		for range heavy {
+			chain := chainOf(s, 0, longTime)
+			s.lineUp(chain, chain)
+		}
+		s.runBatch(nil)
+		is.Equal(t, fmt.Sprint("chains that wait, of ", chains), len(s.batch), 0)
 	}
-	s.runBatch(nil)
-	is.Equal(t, "chains of a full batch that wait", len(s.batch), 0)
 }
 
 // Ensure that a look at the files does not end a batch that waits for clients.
@@ -1761,11 +1781,8 @@ func TestCommitGathersBesideLook(t *testing.T) {
 
 func TestExpire(t *testing.T) { protocol.Expire(t, serveEmpty) }
 func TestExpireWhileTheClockJumps(t *testing.T) {
-	protocol.ExpireWhileTheClockJumps(t, func(t *testing.T, now func() time.Time) *protocol.Net {
-		n := newFakeNet()
-		n.server.now = now
-		t.Cleanup(n.server.Close)
-		return n.Net
+	protocol.ExpireWhileTheClockJumps(t, func(now func() time.Time) protocol.Start {
+		return serveWith(func(s *keyValueServer) { s.now = now })
 	})
 }
 
@@ -1873,12 +1890,7 @@ func TestTakeIsDropped(t *testing.T) {
 func TestTakeOfClientsThatGo(t *testing.T) { protocol.TakeOfClientsThatGo(t, serveEmpty) }
 func TestTakeThatComesLate(t *testing.T)   { protocol.TakeThatComesLate(t, serveOn) }
 func TestTakeWaitsWhileItsClientSends(t *testing.T) {
-	protocol.TakeWaitsWhileItsClientSends(t, func(t *testing.T) *protocol.Net {
-		n := newFakeNet()
-		n.server.maxLine = 300 * kilo
-		t.Cleanup(n.server.Close)
-		return n.Net
-	})
+	protocol.TakeWaitsWhileItsClientSends(t, serveWith(func(s *keyValueServer) { s.maxLine = 300 * kilo }))
 }
 
 func TestTakeBeforeASlowLine(t *testing.T) { protocol.TakeBeforeASlowLine(t, serveEmpty) }
@@ -1935,7 +1947,12 @@ func TestMemoryLimit(t *testing.T) {
 			n.server.budget.other.Add(100)
 		}
 		refuse("Put:short:2")
-		a.Ask("Get:short", "short:1", ":OK 1")
+		a.Ask("Update:short:1:2", ":OK 1")
+
+		// Nor for a copy, while there is a snapshot.
+		n.server.budget.other.Add(n.server.budget.reserve)
+		refuse("Update:short:2:1")
+		a.Ask("Get:short", "short:2", ":OK 1")
 
 		n.server.budget.other.Store(0)
 		a.Ask("Delete:1", ":OK 1")
@@ -1970,47 +1987,8 @@ func TestMemoryLimitBelowTheData(t *testing.T) {
 	}
 }
 
-// Ensure that memory freed by Deletes is used again when the memory is full: the room of every
-// fourth of many short values is filled with longer ones.
 func TestMemoryLimitIsUsedAgain(t *testing.T) {
-	inBubble(t, func(t *testing.T, n *fakeNet) {
-		a := n.Dial(t)
-		n.server.budget.limit, n.server.budget.reserve = 10<<20, 0
-
-		put := func(name string, size int) (stored int) {
-			value := strings.Repeat("v", size)
-			for ; ; stored += 100 {
-				var b strings.Builder
-				for i := range 100 {
-					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
-				}
-
-				a.Send(b.String() + "Ping\n")
-				refused := false
-				for line := a.Read(); line != ":PONG"; line = a.Read() {
-					refused = true
-				}
-
-				if refused {
-					return stored
-				}
-			}
-		}
-
-		stored := put("short", 100)
-		var b strings.Builder
-		for i := 0; i < stored; i += 4 {
-			fmt.Fprintf(&b, "Delete:short%d\n", i)
-		}
-
-		a.Send(b.String() + "Ping\n")
-		a.Want(":PONG")
-
-		// A quarter of the room holds half as many values of twice the size. Some may be lost.
-		if again := put("longer", 200); again < stored/4/2*3/4 {
-			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
-		}
-	})
+	protocol.FullMemoryIsUsedAgain(t, serveWith(func(s *keyValueServer) { s.budget.limit = 10 << 20 }))
 }
 
 // Ensure that memory that the last collection found alive, and that is not data, counts: for
@@ -3408,6 +3386,19 @@ func TestWatchTellsSeconds(t *testing.T) {
 	})
 }
 
+// Ensure that the log warns of a -http that anybody may reach, and of no other.
+func TestWatchWarns(t *testing.T) {
+	for addr, warnings := range map[string]int{"127.0.0.1:0": 0, "0.0.0.0:0": 1} {
+		var log bytes.Buffer
+		s := New(kvstore.NewMemory())
+		s.log = slog.New(slog.NewTextHandler(&log, nil))
+		web, err := s.watchAt(addr)
+		is.OK(t, err)
+		web.Close()
+		is.Equal(t, "warnings of "+addr, strings.Count(log.String(), "anyone who can reach"), warnings)
+	}
+}
+
 // Ensure that the HTTP side has limits like the front: few connections, one short profile at a
 // time, and no answer for a page that used another host name.
 func TestWatchIsLimited(t *testing.T) {
@@ -4541,15 +4532,24 @@ func serveOn(t *testing.T, db kvstore.Store) *protocol.Net {
 	return n.Net
 }
 
+// serveWith returns a start of an empty server, after set has changed it, for a test of package
+// protocol.
+func serveWith(set func(s *keyValueServer)) protocol.Start {
+	return func(t *testing.T) *protocol.Net {
+		n := newFakeNet()
+		set(n.server)
+		t.Cleanup(n.server.Close)
+		return n.Net
+	}
+}
+
 // serveFull is serveOn for a server whose memory is full.
 func serveFull(t *testing.T, db kvstore.Store) *protocol.Net {
-	n := newFakeNet()
-	b := &n.server.budget
-	b.limitTo(1<<30, 0)
-	b.other.Store(b.forData())
-	n.server.db = db
-	t.Cleanup(n.server.Close)
-	return n.Net
+	return serveWith(func(s *keyValueServer) {
+		s.db = db
+		s.budget.limitTo(1<<30, 0)
+		s.budget.other.Store(s.budget.forData())
+	})(t)
 }
 
 // wantTodo wants err to be a problem, and these words in what to do about it.

@@ -15,9 +15,9 @@ import (
 // InputAtEverySplitPoint ensures that it does not matter where the network cuts a client's
 // bytes.
 func InputAtEverySplitPoint(t *testing.T, start Start) {
-	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\nbad\nUpdate:k:a:b\n" +
+	const script = "Put:k:a:b\r\nAck\n\nGet:k\r\x00\n\x16\nUpdate:k:a:b\n" +
 		"Update:k:x:c\nPing:t\nDelete:k\nGet:k\nPut:k:torn"
-	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"bad\"; Help lists the " +
+	const want = ":OK 0\nk:a:b\n:OK 1\n:ERROR line 5: unknown request \"\\x16\"; Help lists the " +
 		"requests\n" +
 		":OK 0\n:OK 0\n:PONG t\n:OK 3\n:OK 0\n:ERROR line 11: the last line has no newline at " +
 		"its end, so it was not run\n"

@@ -51,11 +51,11 @@ func Expire(t *testing.T, start Start) {
 
 // ExpireWhileTheClockJumps ensures that a deadline is a time of the wall clock, and follows its
 // jumps.
-func ExpireWhileTheClockJumps(t *testing.T, start func(*testing.T, func() time.Time) *Net) {
+func ExpireWhileTheClockJumps(t *testing.T, start func(now func() time.Time) Start) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var ahead atomic.Int64
-		n := start(t, func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) })
+		n := start(func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) })(t)
 		by := func(d time.Duration) { ahead.Add(int64(d)) }
 		a := n.Dial(t)
 		a.Ask("Lease:k:3600:v\nLease:l:9000:v\nExpire:k", ": 3600", ":OK 1")

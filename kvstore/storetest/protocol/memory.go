@@ -86,6 +86,48 @@ func (c *Client) answer(request string) string {
 	return strings.Join(lines[:len(lines)-1], "\n")
 }
 
+// FullMemoryIsUsedAgain ensures that memory freed by Deletes is used again when the memory is full:
+// the room of every fourth of many short values is filled with longer ones.
+func FullMemoryIsUsedAgain(t *testing.T, start Start) {
+	start.inBubble(t, func(t *testing.T, n *Net) {
+		a := n.Dial(t)
+
+		put := func(name string, size int) (stored int) {
+			value := strings.Repeat("v", size)
+			for ; ; stored += 100 {
+				var b strings.Builder
+				for i := range 100 {
+					fmt.Fprintf(&b, "Put:%s%d:%s\n", name, stored+i, value)
+				}
+
+				a.Send(b.String() + "Ping\n")
+				refused := false
+				for line := a.Read(); line != ":PONG"; line = a.Read() {
+					refused = true
+				}
+
+				if refused {
+					return stored
+				}
+			}
+		}
+
+		stored := put("short", 100)
+		var b strings.Builder
+		for i := 0; i < stored; i += 4 {
+			fmt.Fprintf(&b, "Delete:short%d\n", i)
+		}
+
+		a.Send(b.String() + "Ping\n")
+		a.Want(":PONG")
+
+		// A quarter of the room holds half as many values of twice the size. Some may be lost.
+		if again := put("longer", 200); again < stored/4/2*3/4 {
+			t.Errorf("of %d values every fourth is deleted, and then %d of twice the size fit", stored, again)
+		}
+	})
+}
+
 // FullMemoryCollectsSeldom ensures that refused writes, however many, start one collection of
 // garbage in interval.
 func FullMemoryCollectsSeldom(t *testing.T, full StartOn, interval time.Duration) {
