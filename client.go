@@ -1949,12 +1949,11 @@ func (c *Client) writeToClient() {
 		c.server.budget.queued.Add(-size)
 	}
 
-	// A client that has not closed its own side gets time to take our last words.
-	if c.writeErr == nil {
-		c.inTime(func() { closeWrite(c.connection) })
-		c.drainInput()
-		c.inTime(func() { c.connection.Close() })
-	}
+	// A client that has not closed its own side gets time to take our last words. (After a Write that
+	// failed nothing of this takes time.)
+	c.inTime(func() { closeWrite(c.connection) })
+	c.drainInput()
+	c.inTime(func() { c.connection.Close() })
 
 	c.depart()
 }
