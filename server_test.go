@@ -2848,7 +2848,7 @@ func TestMemoryLimitBesideAnError(t *testing.T) {
 		go mute.SendSome("Put:k:" + strings.Repeat("v", 300*kilo) + "\n")
 		for range 4 {
 			world.Pass(quietAfter / 2)
-			is.Between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), math.MaxInt64)
+			is.Between(t, "bytes of lines", b.inputs.Load(), b.forBursts(), b.forBursts()+burstSize)
 		}
 
 		mute.Close()
@@ -3162,6 +3162,8 @@ func TestListenOnLocalhost(t *testing.T) {
 	}
 
 	binary.Prints(t, "", "cannot listen on localhost:"+port+": ", false, "-addr", port)
+	_, err := listen("localhost")
+	is.Equal(t, "an address without a port is refused", err != nil, true)
 	binary.Prints(t, "", "Stop what listens there, or choose another port or path.", false, "-addr", port)
 
 	// A port that is free at only one of the addresses is refused, too.
@@ -3734,7 +3736,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New(kvstore.NewMemory())
 		c := newClient(1, new(world.Conn), s)
-		keys := make([]string, 3*sortSlice)
+		list, keys := &listing{Query: &Query{client: c}}, make([]string, 3*sortSlice)
 		for i := range keys {
 			keys[i] = strconv.Itoa(i * 7919 % len(keys))
 		}
@@ -3743,7 +3745,7 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		ended := make(chan string, 2)
 		go func() {
 			c.outbox.core.acquire(nil)
-			(&listing{Query: &Query{client: c}}).sort(keys)
+			list.sort(keys)
 			c.outbox.core.release()
 			ended <- "the sort"
 		}()
@@ -3761,6 +3763,10 @@ func TestDumpSortTakesTurns(t *testing.T) {
 		if <-ended; !slices.IsSorted(keys) {
 			t.Error("the keys are not sorted")
 		}
+
+		// Half of them is about half, even if the least is in the middle.
+		half, _ := list.firstHalf(slices.Concat(keys[len(keys)/2:], keys[:len(keys)/2]))
+		is.Between(t, "keys of the first half", len(half), len(keys)/3, len(keys)*2/3)
 	})
 }
 
@@ -4078,6 +4084,7 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			}
 			is.Between(t, "time until it is seen that nothing is read", time.Since(start), slowAfter, most)
 
+			is.Equal(t, "a second later it is told to", <-told, false)
 			go io.ReadFull(reader, message)
 			is.Equal(t, "a reader that reads again is told to", <-told, true)
 			is.OK(t, <-written)
