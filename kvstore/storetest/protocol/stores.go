@@ -151,6 +151,20 @@ func StoreOfAnyKind(t *testing.T, start StartOn, help []string) {
 	}
 }
 
+// SnapshotStore is a store that knows whether its last snapshot is still in memory.
+type SnapshotStore struct {
+	kvstore.Store
+	Last weak.Pointer[snapshot]
+}
+
+type snapshot struct{ kvstore.Snapshot }
+
+func (s *SnapshotStore) Snapshot() kvstore.Snapshot {
+	made := &snapshot{s.Store.Snapshot()}
+	s.Last = weak.Make(made)
+	return made
+}
+
 // touched is a Memory that counts the keys that it is to prepare for (Touch).
 type touched struct {
 	*kvstore.Memory
