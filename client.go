@@ -1636,10 +1636,9 @@ func (o *outbox) cloneWaiting() {
 }
 
 // shed gives up those replies after the one in hand that may be dropped, because others need the
-// memory that they keep and the client takes nothing. It reports whether the client has sent Ack,
-// perhaps later in the chain.
+// memory that they keep and the client takes nothing. The client has not sent Ack so far. shed
+// reports whether it has, later in the chain.
 func (o *outbox) shed() (acked bool) {
-	acked = o.acked
 	for q := o.next.next; q != nil; q = q.next {
 		acked = acked || q.queryType == ack
 		if q.size > 0 && q.mayDrop(acked) {

@@ -1494,12 +1494,12 @@ func TestMaxClientsOverTLS(t *testing.T) {
 
 // Ensure that clients, handshakes and -http together open no more files than the process may.
 func TestMaxClientsAreFewerThanFiles(t *testing.T) {
-	for http, watchers := range map[string]int{"x": maxWatchers, "": 0} {
-		s := New(kvstore.NewMemory())
-		s.tls = new(tls.Config)
-		applyLimits(s, config{maxClients: math.MaxInt, http: http})
-		is.Equal(t, "files", s.maxClients+s.handshakes+watchers+spareFiles, storage.OpenFiles())
-	}
+	s := New(kvstore.NewMemory())
+	applyLimits(s, config{maxClients: math.MaxInt})
+	is.Equal(t, "files without TLS and -http", s.maxClients+spareFiles, storage.OpenFiles())
+	s.tls = new(tls.Config)
+	applyLimits(s, config{maxClients: math.MaxInt, http: "x"})
+	is.Equal(t, "files", s.maxClients+s.handshakes+maxWatchers+spareFiles, storage.OpenFiles())
 }
 
 // Ensure that with -max-memory clients count for half of the data's share at most, as the log says.
@@ -2195,6 +2195,9 @@ func TestMemoryIsGivenBack(t *testing.T) {
 		s.freeMemory()
 		is.Equal(t, "bytes since memory was given back", s.largest, c.largest)
 	}
+	s.largest = 1 << 30
+	s.answerBatch()
+	is.Equal(t, "bytes behind a batch", s.largest, s.budget.store.Load())
 	for forced() == before { // which giving back begins with
 		runtime.Gosched()
 	}
@@ -2541,11 +2544,14 @@ func TestMemoryLimitOfEndedLines(t *testing.T) {
 	// Nobody keeps a new one when its client becomes quiet, nor one that is too small for a line.
 	s := New(kvstore.NewMemory())
 	c, ended := unwritten(s), endedLine{buf: make([]byte, kilo), counted: kilo, at: time.Now()}
-	s.budget.inputs.Store(2 * kilo)
+	s.budget.limitTo(64<<20, 0)
+	s.budget.inputs.Store(s.budget.forInput() + 2*kilo)
 	s.budget.ended <- ended
 	c.shrinkInput()
-	is.Equal(t, "it has room for a longer line", c.takeOver(ended, kilo+1), false)
-	is.Equal(t, "bytes of input that are counted", s.budget.inputs.Load(), 0)
+	is.Equal(t, "bytes of input that are counted", s.budget.inputs.Load(), s.budget.forInput()+kilo)
+	s.budget.ended <- ended
+	is.Equal(t, "a longer line gets memory", c.acquireForLine(burstSize), false)
+	is.Equal(t, "bytes of input that are counted", s.budget.inputs.Load(), s.budget.forInput())
 }
 
 // Ensure that a line which gets a slot when the memory has gone meanwhile gives it back.
@@ -3058,7 +3064,7 @@ func TestMaxQueuesHaveTheirShare(t *testing.T) {
 // back; and that a client that is turned away takes nothing.
 func TestMaxQueuesCountLists(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
-		const values, keys = 20 * kilo, 5 * kilo
+		const values, keys = 20 * kilo, 20 * kilo
 		n.fill("list", "v", values)
 		n.fillKeys("key", keys, strings.Repeat("v", 100))
 		n.server.maxClients = 3
@@ -3077,10 +3083,15 @@ func TestMaxQueuesCountLists(t *testing.T) {
 		synctest.Wait()
 
 		go b.SendSome("Dump\n")
-		world.Pass(seenSlow)
+		world.Pass(lookTime)
 		is.Between(t, "bytes of a Dump", watch.Stat("queued_bytes"), keys*stringSize, math.MaxInt)
-		b.Close()
+
+		// It is cut off if it reads nothing and the memory for queues is full.
+		n.server.budget.queued.Add(defaultMaxQueues)
 		world.Pass(2 * seenSlow)
+		n.server.budget.queued.Add(-defaultMaxQueues)
+		watch.WantStat("clients", 1)
+		b.Close()
 		watch.WantStat("queued_bytes", 0)
 	})
 }
@@ -4177,40 +4188,38 @@ func TestSlowReaderFate(t *testing.T) {
 		is.Equal(t, fmt.Sprintf("%+v (%q)", c, why), got, c.want)
 	}
 
-	// Others' long lines get no memory because of what clients that drip keep.
 	s := New(kvstore.NewMemory())
+	o := &unwritten(s).outbox
+	for range maxShared {
+		o.client.buffer <- nil
+	}
+	check := func(what string, mayCut bool, want fate) {
+		t.Helper()
+		got, why := o.decide(1, false, mayCut)
+		is.Equal(t, fmt.Sprintf("%s (%q)", what, why), got, want)
+	}
+
+	// Others' long lines get no memory because of what clients that drip keep.
 	s.budget.limitTo(64<<20, 1000)
 	s.budget.waitingLines.Store(1000)
-	client := unwritten(s)
-	for range maxShared {
-		client.buffer <- nil
-	}
+	check("it does not drip", true, waits)
+	o.drips = true
+	check("it drips", true, isCutOff)
 
-	for drips, want := range map[bool]fate{true: isCutOff, false: waits} {
-		client.outbox.drips = drips
-		got, why := client.outbox.decide(1, false, true)
-		is.Equal(t, fmt.Sprintf("drips: %v (%q)", drips, why), got, want)
-	}
-
-	// Writes need the memory of removed values, but not from a client that keeps none.
+	// Writes need the memory of removed values.
 	s.budget.waitingLines.Store(0)
 	s.budget.pinned.Store(1 << 30)
 	s.budget.collected(s.budget.forData() * 2)
-	client.outbox.drips = true
-	for pinned, want := range map[int64]fate{0: waits, 1: isCutOff} {
-		client.outbox.pinned = pinned
-		got, why := client.outbox.decide(1, false, false)
-		is.Equal(t, fmt.Sprintf("keeps %d bytes (%q)", pinned, why), got, want)
-	}
+	check("it keeps no values", false, waits)
+	o.pinned = 1
+	check("it keeps values", false, isCutOff)
 
-	// Others wait for a snapshot, but a Keys may have given up its own.
-	client.outbox.pinned = 0
+	// Others wait for a snapshot.
+	o.pinned, o.listing = 0, &listing{place: slot{of: &s.snapshots}}
 	s.snapshots.waiting.Store(1)
-	for taken, want := range map[bool]fate{false: waits, true: isCutOff} {
-		client.outbox.listing = &listing{place: slot{&s.snapshots, taken}}
-		got, why := client.outbox.decide(1, false, false)
-		is.Equal(t, fmt.Sprintf("has a snapshot: %v (%q)", taken, why), got, want)
-	}
+	check("its Keys needs no snapshot any more", false, waits)
+	o.listing.place.taken = true
+	check("its Keys has a snapshot", false, isCutOff)
 }
 
 // Ensure that a client that has taken bytes after a pause is not slow in a pause of 1.7 s, which a
