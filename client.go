@@ -1593,9 +1593,6 @@ func (o *outbox) reply(chain *Query, left int64, hasRoom bool) {
 
 		msg = o.format(msg, q)
 		o.uncount(q)
-		if msg == nil {
-			return
-		}
 		left -= q.size
 
 		// A PONG has told what was lost.

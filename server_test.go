@@ -2883,7 +2883,11 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 			is.Equal(t, fmt.Sprint("a client that takes ", taken, " bytes a second drips"),
 				c.outbox.drips, taken == 0)
 		}
-		c.outbox.countAsWaiting(&Query{})()
+		q := &Query{values: make([]string, 9)}
+		c.outbox.countAsWaiting(q)()
+		giveBack := c.outbox.countAsWaiting(q)
+		is.Equal(t, "bytes of a list that waits again", n.server.budget.queued.Load(), 9*stringSize)
+		giveBack()
 		is.Equal(t, "it drips from the first moment of its next chain", c.outbox.drips, false)
 		ours.Close()
 	})
@@ -4286,22 +4290,8 @@ func TestEndByQuitBesideLateTicks(t *testing.T) {
 func TestEndByQuit(t *testing.T)      { protocol.EndByQuit(t, serveEmpty) }
 func TestEndByHalfClose(t *testing.T) { protocol.EndByHalfClose(t, serveTCP(t)) }
 
-// Ensure that bytes after a goodbye are not even looked at.
 func TestEndAnswersNothingMore(t *testing.T) {
-	const tooLongFor20 = ":ERROR line 1: longer than 20 bytes, skipped\n"
-	for send, want := range map[string]string{
-		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
-		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
-		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 tooLongFor20,
-		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
-	} {
-		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.maxLine = 20
-			a := n.Dial(t)
-			go a.SendAll(send)
-			is.Equal(t, fmt.Sprintf("sent %q", send), a.ReadAll(), want)
-		})
-	}
+	protocol.EndAnswersNothingMore(t, serveWith(func(s *keyValueServer) { s.maxLine = 20 }))
 }
 
 // Ensure that no reply is formatted once a Write has failed.

@@ -379,10 +379,10 @@ func Stats(t *testing.T, start StartOn, perClient int64) {
 		world.Pass(3 * time.Second) // it is refused like any line that is no request, and is then ignored
 
 		a := n.Dial(t)
-		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nnonsense\n" +
+		a.Send("Put:key:value\nPut:key:v2\nUpdate:other:x:y\nDelete:other\nGet:key\nExpire:key\nnonsense\n" +
 			"Ping\nStats\nAck\nStats\n")
-		a.Want("key:value", "key:v2",
-			`:ERROR line 6: unknown request "nonsense"; Help lists the requests`, ":PONG")
+		a.Want("key:value", "key:v2", ":OK 1",
+			`:ERROR line 7: unknown request "nonsense"; Help lists the requests`, ":PONG")
 		synctest.Wait()
 
 		lines := []string{
@@ -390,7 +390,7 @@ func Stats(t *testing.T, start StartOn, perClient int64) {
 			": put_requests_total 2", ": get_requests_total 1", ": delete_requests_total 1",
 			": update_requests_total 1", ": set_requests_total 0", ": remove_requests_total 0",
 			": swap_requests_total 0", ": add_requests_total 0", ": lease_requests_total 0",
-			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 0",
+			": take_requests_total 0", ": count_requests_total 0", ": expire_requests_total 1",
 			": ack_requests_total 0", ": ping_requests_total 1", ": stats_requests_total 1",
 			": keys_requests_total 0", ": dump_requests_total 0", ": help_requests_total 0",
 			": quit_requests_total 0",

@@ -194,6 +194,24 @@ func EndByQuit(t *testing.T, start Start) {
 	})
 }
 
+// EndAnswersNothingMore ensures that bytes after a goodbye are not even looked at. The server takes
+// lines of 20 bytes.
+func EndAnswersNothingMore(t *testing.T, start Start) {
+	const tooLongFor20 = ":ERROR line 1: longer than 20 bytes, skipped\n"
+	for send, want := range map[string]string{
+		"Ack\nQuit\n" + strings.Repeat("a", 40):                     ":OK 0\n:OK 0\n",
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40):              badRequest,
+		"GET /aaaaaaaa HTTP/1.1\r\nPut:k:v\nPing\n":                 tooLongFor20,
+		"GET / HTTP/1.1\r\n" + strings.Repeat("a", 40) + "\nPing\n": badRequest,
+	} {
+		start.inBubble(t, func(t *testing.T, n *Net) {
+			a := n.Dial(t)
+			go a.SendAll(send)
+			is.Equal(t, fmt.Sprintf("sent %q", send), a.ReadAll(), want)
+		})
+	}
+}
+
 // EndByHalfClose ensures that requests that were read are run and answered when the client
 // half-closes a real connection.
 func EndByHalfClose(t *testing.T, addr string) {

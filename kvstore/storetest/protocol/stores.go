@@ -453,6 +453,15 @@ func ExpireManyAtOnce(t *testing.T, start StartOn, round time.Duration, deletes 
 		}
 
 		is.Between(t, "turns in which the keys went", turns, 10, 100)
+
+		// Nobody has to ask for them.
+		var leases strings.Builder
+		for i := range many {
+			fmt.Fprintf(&leases, "Lease:k%d:1:v\n", i)
+		}
+		a.Ask(leases.String()+"Ping", ":PONG")
+		world.Pass(time.Second + 2*many*takes)
+		a.WantStat("expiring_keys", 0)
 	})
 }
 
