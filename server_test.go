@@ -1034,12 +1034,8 @@ func TestCounts(t *testing.T) {
 			synctest.Wait()
 			var wg sync.WaitGroup
 			for range 10 { // concurrently, so that no answer goes to another's call
-				wg.Go(func() {
-					is.Equal(t, "CountActive", n.server.CountActive(), active)
-				})
-				wg.Go(func() {
-					is.Equal(t, "CountDropped", n.server.CountDropped(), dropped)
-				})
+				wg.Go(func() { is.Equal(t, "CountActive", n.server.CountActive(), active) })
+				wg.Go(func() { is.Equal(t, "CountDropped", n.server.CountDropped(), dropped) })
 			}
 			wg.Wait()
 		}
@@ -1475,6 +1471,14 @@ func TestMaxClients(t *testing.T) {
 		is.Equal(t, "full at the beginning and end of a minute, lines of log",
 			strings.Count(n.log.Take(), "turning clients away"), 2)
 	})
+
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := world.Pipe(1, 1) // it takes one byte of that line
+		New(kvstore.NewMemory()).reject(theirs)
+		world.Pass(2 * closeTime)
+		_, err := ours.Write([]byte("x"))
+		is.Equal(t, "one that reads nothing is turned away in the end", err != nil, true)
+	})
 }
 
 // Ensure that clients too many get that line under TLS as well, however many there are.
@@ -1511,6 +1515,7 @@ func TestMaxClientsLeaveMemory(t *testing.T) {
 		s.log, s.tls = slog.New(slog.NewTextHandler(&log, nil)), secure
 		for _, asked := range []int{most, most + 1} {
 			applyLimits(s, config{maxClients: asked, maxMemory: 64e6})
+			is.Equal(t, "bytes that the collector is told", debug.SetMemoryLimit(-1), 64e6)
 			is.Equal(t, "clients", s.maxClients, most)
 			is.Equal(t, "lines of log", strings.Count(log.String(),
 				`level=INFO msg="fewer clients than -max-clients: -max-memory has no room`), asked-most)
@@ -1866,11 +1871,9 @@ func TestTakeWaitsItsTime(t *testing.T) { protocol.TakeWaitsItsTime(t, serveEmpt
 // could be told of the value.
 func TestTakeIsDropped(t *testing.T) {
 	for what, end := range map[string]func(c *Client){
-		"a Write fails":     func(c *Client) { close(c.closed) },
-		"the server closes": func(c *Client) { close(c.server.closeSignal) },
-		"the connection breaks": func(c *Client) {
-			c.connection.Close()
-		},
+		"a Write fails":         func(c *Client) { close(c.closed) },
+		"the server closes":     func(c *Client) { close(c.server.closeSignal) },
+		"the connection breaks": func(c *Client) { c.connection.Close() },
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ours, _ := world.Pipe(world.StreamSize, world.StreamSize)
@@ -2571,7 +2574,6 @@ func TestMemoryLimitThatCameNearer(t *testing.T) {
 
 		b.waitingLines.Add(-b.limit)
 		a.Ask("", ":OK 0")
-		b.inputs.Add(-b.forInput())
 	})
 }
 
@@ -2898,8 +2900,7 @@ func TestMemoryLimitOfDrips(t *testing.T) {
 func TestMemoryLimitOfLinesBeforeDrips(t *testing.T) {
 	for others, stays := range map[int64]int{0: 1, 1 << 30: 0} { // bytes of others' lines
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			b := n.limit(64<<20, 1<<20)
-			b.waitingLines.Add(others)
+			n.limit(64<<20, 1<<20).waitingLines.Add(others)
 			n.fill("k", strings.Repeat("v", 5*kilo), 1)
 			a := n.Dial(t)
 			go a.SendSome("Put:l:" + strings.Repeat("v", 90*kilo) + strings.Repeat("\nGet:k", 250) + "\n")
@@ -2908,7 +2909,6 @@ func TestMemoryLimitOfLinesBeforeDrips(t *testing.T) {
 				a.Conn.Read(make([]byte, 5*kilo))
 			}
 			is.Equal(t, fmt.Sprint("clients beside ", others, " bytes"), n.server.CountActive(), stays)
-			b.waitingLines.Add(-others)
 			a.Close()
 		})
 	}
@@ -3103,8 +3103,7 @@ func TestMaxQueuesCountLists(t *testing.T) {
 func TestMemoryOfALastRequest(t *testing.T) { protocol.MemoryOfALastRequest(t, serveOn) }
 
 func TestMemoryOfQuietClients(t *testing.T) {
-	protocol.MemoryOfQuietClients(t, serveEmpty, quietAfter, 80, maxChain,
-		2*burstSize/len("Get:k\n")) // read at once, in several chains, into large buffers
+	protocol.MemoryOfQuietClients(t, serveEmpty, quietAfter, 80, maxChain, 2*burstSize/len("Get:k\n"))
 }
 
 func TestMemoryOfAnUnfinishedLine(t *testing.T) {
@@ -4089,7 +4088,7 @@ func paced() (conn *pacedConn, reader *world.Conn, told chan bool) {
 func TestSlowReaderIsSeenInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, reader, told := paced()
-		message := make([]byte, 2*world.StreamSize)
+		message, unread := make([]byte, 2*world.StreamSize), 0
 		for round := range 4 {
 			start := time.Now()
 			written := make(chan error)
@@ -4101,7 +4100,7 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			is.Equal(t, "a reader that reads nothing is told to be taking", <-told, false)
 
 			// The more its socket may hold unread, the longer a reader may pause.
-			most := seenSlow + time.Duration(2*round*len(message)/8)*time.Second/steadyRate
+			most := seenSlow + time.Duration(unread/8)*time.Second/steadyRate
 			if round > 0 { // it is known to read
 				most += slowAfter
 			}
@@ -4112,8 +4111,9 @@ func TestSlowReaderIsSeenInTime(t *testing.T) {
 			is.Equal(t, "a reader that reads again is told to", <-told, true)
 			is.OK(t, <-written)
 
-			if round == 2 {
+			if unread += 2 * len(message); round == 2 {
 				world.Pass(time.Hour)
+				unread = 0
 			}
 		}
 	})
@@ -4209,9 +4209,10 @@ func TestSlowReaderFate(t *testing.T) {
 	check("it does not drip", true, waits)
 	o.drips = true
 	check("it drips", true, isCutOff)
+	s.budget.queued.Store(s.budget.waitingLines.Swap(0))
+	check("it drips, but lines get memory", true, waits)
 
 	// Writes need the memory of removed values.
-	s.budget.waitingLines.Store(0)
 	s.budget.pinned.Store(1 << 30)
 	s.budget.collected(s.budget.forData() * 2)
 	check("it keeps no values", false, waits)

@@ -190,6 +190,7 @@ func EndByQuit(t *testing.T, start Start) {
 		a.Close()
 		b := n.Dial(t)
 		b.WantStat("clients", 1)
+		b.WantStat("keys", 0)
 		b.Ask("Get:k\nPing", ":PONG")
 	})
 }
