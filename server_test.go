@@ -3234,7 +3234,7 @@ func TestWatchHasTheCountersOfStats(t *testing.T) {
 
 		_, body := getPage(n.server.watchHandler(""), "/metrics")
 		checkMetrics(t, body)
-		is.In(t, "/metrics behind looks at the files", body, "_commit_seconds_count 2\n")
+		is.In(t, "/metrics behind looks at the files", body, "_commit_seconds_count 2\n", "_batch_chains_count 2\n")
 
 		a.Send("Stats\n")
 		for _, line := range a.ReadList() {

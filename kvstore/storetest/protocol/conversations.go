@@ -171,6 +171,7 @@ func aboutBytes() []Conversation {
 		// Ends of lines.
 		{"one CR goes", "Put:k:a\r\nPut:k:b\r\r\nGet:k\r\nTake:k\nTake:k\n", "k:a\nk:b\r\nk:a\nk:b\r\n"},
 		{"telnet's CR NUL goes", "Put:k:a\r\x00\nGet:k\r\x00\n", "k:a\n"},
+		{"a CR or a NUL inside stays", "Put:k:a\rb\nPut:k:a\x00\nGet:k\n", "k:a\rb\nk:a\x00\n"},
 		{"NUL alone stays", "Put:k:a\x00\nGet:k\n", "k:a\x00\n"},
 		{"blank lines count", "\n\r\n\r\x00\nfoo\n",
 			":ERROR line 4: unknown request \"foo\"; Help lists the requests\n"},
