@@ -245,13 +245,11 @@ func (c *Client) readFromClient() {
 	c.in.lineSlot.release()
 	c.in.pending = 0
 	c.resizeBuf(0)
-	isAnswered := c.await()
+	c.await()
 	c.in = input{line: c.in.line, newBytes: c.in.newBytes, counted: c.in.counted, granted: c.in.granted}
 	c.countInput()
 	c.server.budget.giveUpEnded(0)
-	if isAnswered {
-		c.tellLoss()
-	}
+	c.tellLoss()
 
 	// A client that has asked for nothing has no writeToClient.
 	if c.buffer == nil {
