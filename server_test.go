@@ -1762,6 +1762,17 @@ func TestCommitGathersOnlyIfThatPays(t *testing.T) {
 	}
 }
 
+// Ensure that the log does not tell of each write for which the disk has no room.
+func TestRoomIsToldOnce(t *testing.T) {
+	n, db := newFakeNet(), &protocol.Roomless{Memory: kvstore.NewMemory()}
+	db.Full.Store(true)
+	n.server.db = db
+	for range 9 {
+		n.server.admit(&Query{queryType: put})
+	}
+	is.Equal(t, "lines of log", strings.Count(n.log.Take(), "\n"), 1)
+}
+
 // Ensure that a look at the files does not end a batch that waits for clients.
 func TestCommitGathersBesideLook(t *testing.T) {
 	inBubble(t, func(t *testing.T, n *fakeNet) {
@@ -1980,13 +1991,11 @@ func TestMemoryLimitCollectsSeldom(t *testing.T) {
 // Ensure that a start says so if the data takes more than -max-memory leaves for it.
 func TestMemoryLimitBelowTheData(t *testing.T) {
 	defer debug.SetMemoryLimit(debug.SetMemoryLimit(-1))
-	var log bytes.Buffer
-	s := New(kvstore.NewMemory())
-	s.log = slog.New(slog.NewTextHandler(&log, nil))
+	n := newFakeNet()
 	for _, want := range []int{0, 1} {
-		applyLimits(s, config{maxMemory: 64_000_000})
-		is.Equal(t, "lines of log", strings.Count(log.String(), "writes are refused: the data takes more"), want)
-		s.db.Put("k", strings.Repeat("v", 30<<20))
+		applyLimits(n.server, config{maxMemory: 64_000_000})
+		is.Equal(t, "lines of log", strings.Count(n.log.Take(), "writes are refused: the data takes more"), want)
+		n.fill("k", strings.Repeat("v", 30<<20), 1)
 	}
 }
 
@@ -3409,13 +3418,11 @@ func TestWatchTellsSeconds(t *testing.T) {
 // Ensure that the log warns of a -http that anybody may reach, and of no other.
 func TestWatchWarns(t *testing.T) {
 	for addr, warnings := range map[string]int{"127.0.0.1:0": 0, "0.0.0.0:0": 1} {
-		var log bytes.Buffer
-		s := New(kvstore.NewMemory())
-		s.log = slog.New(slog.NewTextHandler(&log, nil))
-		web, err := s.watchAt(addr)
+		n := newFakeNet()
+		web, err := n.server.watchAt(addr)
 		is.OK(t, err)
 		web.Close()
-		is.Equal(t, "warnings of "+addr, strings.Count(log.String(), "anyone who can reach"), warnings)
+		is.Equal(t, "warnings of "+addr, strings.Count(n.log.Take(), "anyone who can reach"), warnings)
 	}
 }
 
@@ -3564,7 +3571,6 @@ func TestWatchProfilesTakeNothing(t *testing.T) {
 // ---- client.go: input, bytes to lines
 
 func TestInputAtEverySplitPoint(t *testing.T) { protocol.InputAtEverySplitPoint(t, serveEmpty) }
-
 func TestInputLimitAtEverySplitPoint(t *testing.T) {
 	protocol.InputLimitAtEverySplitPoint(t, serveEmpty)
 }
@@ -4233,14 +4239,7 @@ func TestSlowReaderAfterAPause(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			conn, reader, told := paced()
-			toldSlow := func() bool { // nothing may have been reported at all
-				select {
-				case taken := <-told:
-					return !taken
-				default:
-					return false
-				}
-			}
+			toldSlow := func() bool { return len(told) > 0 && !<-told }
 
 			go conn.Write(make([]byte, 4*world.StreamSize))
 			if reads {

@@ -83,7 +83,8 @@ func (g GatedStore) Commit() error { return <-g.Gate }
 type Roomless struct {
 	*kvstore.Memory
 	Full  atomic.Bool
-	Why   error // why there is no room; nil: no space
+	Keeps atomic.Bool // there is no room for a request that frees
+	Why   error       // why there is no room; nil: no space
 	Frees atomic.Int64
 }
 
@@ -91,7 +92,7 @@ func (r *Roomless) Room(_ string, _ int64, removes int) error {
 	if removes > 0 {
 		r.Frees.Add(1)
 	}
-	if r.Full.Load() {
+	if r.Full.Load() || r.Keeps.Load() && removes > 0 {
 		return cmp.Or(r.Why, error(syscall.ENOSPC))
 	}
 	return nil
@@ -395,6 +396,12 @@ func TakeOnAFullDisk(t *testing.T, start StartOn) {
 			b.Ask("Put:k:w\nPing", ":PONG")
 			a.Want("k:w", ":OK 1")
 			is.Equal(t, "how often the Take asks for room", db.Frees.Load()-before, 1)
+
+			// A Take that is refused leaves the value.
+			a.Post("Take:k:60\n")
+			db.Keeps.Store(true)
+			b.Ask("Put:k:x\nCount:k", ":OK 1")
+			a.Want(":ERROR line 3: " + refusal + ", nothing was changed: " + why.Error())
 		})
 	}
 }
