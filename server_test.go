@@ -2977,9 +2977,7 @@ func TestMaxQueues(t *testing.T) {
 		n.server.budget.maxQueues = limit
 
 		slow := n.DialMany(t, 10, func(i int, c *protocol.Client) { // each could queue 3.5 MB
-			if i%2 == 0 {
-				c.Ask("Ack", ":OK 0")
-			}
+			c.Ask([]string{"Ack", "Keys:none"}[i%2], ":OK 0")
 			go c.SendSome(strings.Repeat("Get:k\n", 600))
 		})
 
@@ -3022,6 +3020,7 @@ func TestMaxQueuesBehindAPing(t *testing.T) {
 			n.fill("small", strings.Repeat("v", kilo), 1)
 
 			mute, other := n.Dial(t), n.Dial(t)
+			mute.Ask("Keys:none", ":OK 0") // that is over
 			go mute.Send(strings.Repeat("Get:small\n", 3*maxBufferSize))
 			world.Pass(2 * seenSlow)
 			mute.Send("Ping\n" + strings.Repeat(behind, times) + "Ping\n")
