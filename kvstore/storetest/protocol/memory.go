@@ -244,8 +244,8 @@ func TakeIsSmallWhileItWaits(t *testing.T, start Start, burst int, quietAfter ti
 }
 
 // MemoryOfQuietClients ensures that clients that were busy, with bursts of so many requests, and
-// are quiet now, give back their memory. The largest burst is to be read at once, in several chains,
-// into large buffers.
+// are quiet now, give back their memory. The largest burst is to be read at once, in several
+// chains, into large buffers.
 func MemoryOfQuietClients(t *testing.T, start Start, quietAfter time.Duration, bursts ...int) {
 	start.inBubble(t, func(t *testing.T, n *Net) {
 		n.run(t, "Put:k:v\n")
