@@ -363,8 +363,9 @@ func TestDamageBeforeAnEmptyFile(t *testing.T) {
 	}
 }
 
-// Ensure that a missing descriptor is not called damage.
-func TestNoDescriptorIsNoDamage(t *testing.T) {
+// Ensure that a start, a Check and a Repair in which a call fails return its error, or what they
+// return without it: no file is called damaged for that, and no damage is overlooked.
+func TestFailedCallIsNoDamage(t *testing.T) {
 	dir, d := newSmall(t, Options{})
 
 	// Old files stay beside the snapshots, as after a kill in a compaction.
@@ -375,7 +376,7 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		return nil
 	}
 
-	for i := 0; d.number() < 8; i++ {
+	for i := 0; d.number() < 5 || d.size < headerSize+300; i++ {
 		d.Put("key", "value")
 		d.Delete("key")
 		if err := d.Commit(); err != nil {
@@ -383,21 +384,49 @@ func TestNoDescriptorIsNoDamage(t *testing.T) {
 		}
 		d.AwaitCompaction()
 	}
-
 	d.stopTimer()
-	for n := 1; n < 100; n++ {
-		image := dir.Kill()
-		image.FailAt, image.Failure = n, syscall.EMFILE
-		r, err := check(image)
-		if r.Damaged {
-			t.Errorf("call %d: %v %v", n, r.Lines, err)
-		}
 
-		image = dir.Kill()
-		image.FailAt, image.Failure = n, syscall.EMFILE
-		_, err = openSmall(image, Options{})
-		if err != nil && strings.Contains(err.Error(), "damaged") {
-			t.Errorf("call %d: Open: %v", n, err)
+	// In two copies the newest file has a bad frame, before others, and at its end.
+	name := d.current.header.name()
+	bad, torn := dir.Kill(), dir.Kill()
+	bad.Names[name].Data[headerSize+frameSize] ^= 1
+	torn.Names[name].Data[d.size-8] ^= 1
+
+	// What each returns, as text.
+	calls := map[string]func(dir *storetest.Dir) (string, error){
+		"Open": func(dir *storetest.Dir) (string, error) {
+			d, err := openSmall(dir, Options{})
+			if err != nil {
+				return "", err
+			}
+			return fmt.Sprint(d.sequence), nil
+		},
+		"Check": func(dir *storetest.Dir) (string, error) {
+			r, err := check(dir)
+			return fmt.Sprint(r.Lines), err
+		},
+		"Repair": func(dir *storetest.Dir) (string, error) {
+			r, err := Repair(dir, storetest.New())
+			return fmt.Sprint(r.Lines), err
+		},
+	}
+
+	for what, image := range map[string]*storetest.Dir{"whole": dir, "bad": bad, "torn": torn} {
+		for name, call := range calls {
+			want, wantErr := call(image.Kill())
+			for _, failure := range []error{syscall.EMFILE, syscall.EIO} {
+				for n, reached := 1, true; reached; n++ {
+					failing := image.Kill()
+					failing.FailAt, failing.Failure = n, failure
+					got, err := call(failing)
+					reached = failing.Calls >= n
+					isSame := got == want && fmt.Sprint(err) == fmt.Sprint(wantErr)
+					if !errors.Is(err, failure) && !isSame {
+						t.Errorf("%s of a %s store, call %d: %v: %q, %v, want %q, %v", name, what, n,
+							failure, got, err, want, wantErr)
+					}
+				}
+			}
 		}
 	}
 }
