@@ -34,7 +34,7 @@ type longList struct {
 	hashes []uint32 // of the values: a search compares only values whose hash is equal
 	bytes  int64    // of the values, so that Delete need not walk through them
 	gone   int64    // bytes of removed values that the array keeps in memory
-	most   int      // the largest number of values since the array was made: it has room for them
+	places int      // of the array, also those in front of values
 	shared bool     // readers or a snapshot have the array, so what is in it must not change
 	epoch  uint64   // Memory's when this was made: a snapshot taken since has it, too
 }
@@ -122,16 +122,15 @@ func (m *Memory) newList(values []string) *longList {
 
 // append adds a clone of value to the end of l.
 func (m *Memory) append(l *longList, value string) {
-	// The array is full: the values move to a new array, which no reader has.
-	if len(l.values) == cap(l.values) {
-		l.values = slices.Grow(l.values, 1)
+	// Readers and snapshots see nothing after the old end, so even a shared array can be extended.
+	// If the array is full, the values move to a new array, which no reader has.
+	isFull := len(l.values) == cap(l.values)
+	l.values = append(l.values, strings.Clone(value))
+	if isFull {
 		m.copied(l)
 	}
 
-	// Readers and snapshots see nothing after the old end, so even a shared array can be extended.
-	l.values = append(l.values, strings.Clone(value))
 	l.hashes = append(l.hashes, m.hash(value))
-	l.most = max(l.most, len(l.values))
 	l.bytes += int64(len(value))
 	m.longValues++
 	m.longBytes += int64(len(value))
@@ -140,7 +139,7 @@ func (m *Memory) append(l *longList, value string) {
 // copied notes that l's values are in a new array.
 func (m *Memory) copied(l *longList) {
 	m.longGone -= l.gone
-	l.gone, l.most, l.shared = 0, len(l.values), false
+	l.gone, l.places, l.shared = 0, cap(l.values), false
 }
 
 // hash returns the hash of a value in a long list. Its seed is random, so no client can choose
@@ -201,7 +200,7 @@ func (m *Memory) takeOut(l *longList, place int) {
 	// of the list, or when it is not small and over three quarters of its places are unused. So the
 	// cost of all copies stays in proportion to what is removed.
 	n := len(l.values)
-	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.most/4 && l.most > 4*maxShort {
+	if l.gone > (l.bytes+int64(n)*perLongValue)/4 || n < l.places/4 && l.places > 4*maxShort {
 		l.values, l.hashes = slices.Clone(l.values), slices.Clone(l.hashes)
 		m.copied(l)
 	}

@@ -157,8 +157,8 @@ func (m *Memory) View(scratch []string, key string) []string {
 		m.accounts[at.slot&addrMask>>slabBits].shown = true
 	} else if r := m.large.at(number(at.slot)); r.long != nil {
 		return m.handOut(r.long)
-	} else if r.epoch == m.epoch { // otherwise it is not reused anyway
-		r.shown = true
+	} else {
+		r.shown = true // no copy is needed for this: snapshots do not look at it
 	}
 
 	return e.values(scratch[:0])
