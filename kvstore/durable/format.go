@@ -501,9 +501,7 @@ func (w *logWriter) append(f frame, payload []byte, zeros int) error {
 	w.size = size
 
 	// The frame before is checked only now, because it may vanish while this one is written.
-	if err == nil {
-		w.checkLast(start)
-	}
+	w.checkLast(start)
 	copy(w.end[:], w.buf[size-start-frameSize:])
 
 	// A huge record must not keep its memory for ever.

@@ -447,7 +447,7 @@ func (l *logReader) judgeTail(end *logEnd, damage error) error {
 	// A later head that says that the bad frame was on disk is enough; its payload need not be
 	// whole.
 	later, bytes, err := l.search(func(f frame, _ int64) (bool, error) {
-		return f.sequence > l.next && f.synced >= l.next, nil
+		return f.synced >= l.next, nil
 	})
 	if err != nil {
 		return err
