@@ -641,8 +641,14 @@ func TestRefusals(t *testing.T) {
 		return appendFrame(b, seed(snapshot), frame{sequence: frames + 1, kind: frameEnd}, nil)
 	}
 
-	// A log without its third frame, and files of another store.
+	// A log whose third frame is bad or missing or that has a strange record, and files of another
+	// store.
 	whole, _, starts := segment(t, 5)
+	flipped := slices.Clone(whole.Names["seg-1.log"].Data)
+	flipped[starts[2]+8] ^= 1
+	h, _ := decodeHeader(flipped)
+	strange := appendFrame(slices.Clone(whole.Names["seg-1.log"].Data), h.seed(),
+		frame{sequence: 6, synced: 5, count: 1}, appendRecord(nil, 200, 0, "k"))
 	gap := slices.Concat(whole.Names["seg-1.log"].Data[:starts[2]],
 		whole.Names["seg-1.log"].Data[starts[3]:])
 	other := storetest.New()
@@ -695,6 +701,12 @@ func TestRefusals(t *testing.T) {
 		"frame missing": {whole.With("seg-1.log", gap),
 			fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing",
 				starts[2])},
+
+		"frame's head": {whole.With("seg-1.log", flipped), "frame 3: the frame's checksum is wrong"},
+		"unknown record": {whole.With("seg-1.log", strange), fmt.Sprintf(
+			"offset %d, frame 6: a record of the unknown kind 200", starts[5])},
+		"copy cut in two files": {change(logName(kindSegment, l.last-1), cut(8)).With(last,
+			dir.Names[last].Data[:10]), logName(kindSegment, l.last-1) + " is damaged at offset"},
 
 		"closed segment's last": {change(first, func(b []byte) []byte { return b[:last1] }),
 			"the frame that says that another file follows is missing"},
@@ -842,6 +854,7 @@ func TestStrangeRecords(t *testing.T) {
 		"a list with fewer values than it says": append(appendRecord(nil, opList, 0, "k"),
 			"\x02\x01v"...),
 		"half a key":        appendRecord(nil, opDelete, 0, "key")[:3],
+		"none":              nil,
 		"an unknown kind":   appendRecord(nil, 200, 0, "k"),
 		"half a second one": append(appendRecord(nil, opDelete, 0, "k"), opDelete),
 	} {

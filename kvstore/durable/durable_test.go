@@ -311,6 +311,13 @@ func TestLoadTellsProgress(t *testing.T) {
 			t.Errorf("after four seconds the log is\n%s", got)
 		}
 		d.Close()
+
+		// A start that is to end meanwhile does so.
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		if _, err := Open(ctx, dir, Options{}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Open: %v", err)
+		}
 	})
 }
 

@@ -64,7 +64,8 @@ func TestRotationIsTriedAgain(t *testing.T) {
 				<-time.After(rotateTime)
 			}
 			if d.number() != 1 || tries > 30 || strings.Count(log.String(), "cannot go on in a new file") != 1 ||
-				strings.Count(log.String(), "level=ERROR") != 1 {
+				strings.Count(log.String(), "level=ERROR") != 1 || !strings.Contains(log.String(),
+				failure.Error()) {
 				t.Errorf("%v: in file %d after %d tries, the log says\n%s", failure, d.number(), tries, &log)
 			}
 
@@ -254,6 +255,42 @@ func TestRotationWithoutRoom(t *testing.T) {
 		if err := d.Commit(); err != nil {
 			t.Errorf("%d bytes free: %v", free, err)
 		}
+	}
+}
+
+// Ensure that a Commit whose write fails returns the error, whether or not it waits for the disk.
+func TestFailedWriteFailsTheCommit(t *testing.T) {
+	for _, fsync := range []time.Duration{FsyncAlways, time.Second, FsyncNever} {
+		dir, d := newSmall(t, Options{Fsync: fsync})
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "write" {
+				return storetest.ErrDisk
+			}
+			return nil
+		}
+		d.Put("k", "v")
+		if err := d.Commit(); !errors.Is(err, storetest.ErrDisk) {
+			t.Errorf("with -fsync %v Commit returns %v", fsync, err)
+		}
+		d.Close()
+	}
+}
+
+// Ensure that a frame for which the zeros are just enough needs no other room.
+func TestFrameThatFitsExactly(t *testing.T) {
+	dir, d := newSmall(t, Options{})
+	d.zerosAhead = 800 // as frames, a multiple of 8
+	d.Put("k", "v")
+	if err := d.Commit(); err != nil {
+		t.Fatal(err)
+	}
+
+	for _, f := range dir.Names {
+		dir.Room += len(f.Data)
+	}
+	d.Put("k", strings.Repeat("v", int(d.room)-frameSize-8))
+	if err := d.Commit(); err != nil || d.room > 0 {
+		t.Errorf("Commit: %v, and %d bytes of zeros are left", err, d.room)
 	}
 }
 
@@ -461,7 +498,8 @@ func TestStalledFsyncHoldsCommitsBack(t *testing.T) {
 
 		// The timer's fsync begins after a second, and Commits wait for it once it has lasted
 		// another.
-		if after := time.Since(start) - waited; waited == 0 || after > 2200*time.Millisecond {
+		after := time.Since(start) - waited
+		if waited == 0 || after < 2*time.Second || after > 2200*time.Millisecond {
 			t.Errorf("Commits went on for %v beside a stalled fsync, then waited %v", after, waited)
 		}
 		dir.syncing.Store(0)
