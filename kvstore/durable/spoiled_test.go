@@ -190,27 +190,41 @@ func TestHealOfATruncatedFrame(t *testing.T) {
 	})
 }
 
-// Ensure that a snapshot which somebody empties while it is written never replaces other files.
-func TestSnapshotEmptiedWhileItIsWritten(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var log bytes.Buffer
-		dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
-		dir.Before = func(c storetest.Call) error {
-			if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
-				dir.Empty(c.Name)
+// Ensure that a snapshot which somebody empties or changes while it is written never replaces other
+// files.
+func TestSnapshotSpoiledWhileItIsWritten(t *testing.T) {
+	for what, spoil := range map[string]func(dir *storetest.Dir, name string){
+		"emptied": (*storetest.Dir).Empty,
+		"changed": func(dir *storetest.Dir, name string) {
+			dir.Mu.Lock()
+			defer dir.Mu.Unlock()
+			data := dir.Names[name].Data
+			data[len(data)-1] ^= 1
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			var log bytes.Buffer
+			dir, d := newSmall(t, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+			dir.Before = func(c storetest.Call) error {
+				if c.What == "sync" && strings.HasPrefix(c.Name, "snap-") {
+					spoil(dir, c.Name)
+				}
+				return nil
 			}
-			return nil
-		}
 
-		fillUntil(d, func() bool { d.AwaitCompaction(); return strings.Contains(log.String(), "compact") })
+			fillUntil(d, func() bool { d.AwaitCompaction(); return strings.Contains(log.String(), "compact") })
 
-		want := maps.Collect(d.All())
-		if err := d.Close(); err != nil {
-			t.Fatal(err)
-		}
-		dir.Before = nil
-		wantAll(t, "after a compaction whose file was emptied", dir, want)
-	})
+			// The files that it was to replace are still there.
+			want := maps.Collect(d.All())
+			wantAll(t, "a compaction whose file was "+what+", then the power fails",
+				dir.Crash(rand.New(rand.NewPCG(1, 1))), want)
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			dir.Before = nil
+			wantAll(t, "after a compaction whose file was "+what, dir, want)
+		})
+	}
 }
 
 // Ensure that a snapshot which somebody empties after the end of its compaction, but before the
