@@ -86,13 +86,8 @@ func (j *journal) addFrame(kind uint32, payload []byte, count uint32) {
 		return
 	}
 
-	// A frame without records may be the last one for long, so it gets no zeros after it.
-	zeros := j.zerosAhead
-	if kind != frameRecords {
-		zeros = 0
-	}
-
-	err = w.append(f, payload, zeros)
+	// Only frames with records need zeros: the others are written only where there are some already.
+	err = w.append(f, payload, j.zerosAhead)
 	if err != nil {
 		j.fail(err)
 	}
