@@ -517,6 +517,30 @@ func TestReclaim(t *testing.T) {
 	}
 }
 
+// Ensure that what died beside a snapshot can be reclaimed once the snapshot has gone.
+func TestReclaimAfterASnapshot(t *testing.T) {
+	const keys, size = 20_000, 200
+	store := NewMemory()
+	for i := range keys {
+		store.Put(fmt.Sprint(i), strings.Repeat("v", size))
+	}
+
+	snapshot := store.Snapshot()
+	for i := range keys / 4 * 3 {
+		store.Delete(fmt.Sprint(i * 7 % keys))
+	}
+	if got := store.Reclaim(); got > 0 {
+		t.Errorf("%d bytes can be reclaimed beside a snapshot", got)
+	}
+
+	// The store's reference to the snapshot is weak: the collector ends it.
+	runtime.KeepAlive(snapshot)
+	runtime.GC()
+	if got := store.Reclaim(); got < keys/2*size {
+		t.Errorf("%d bytes can be reclaimed after a snapshot", got)
+	}
+}
+
 // Ensure that a snapshot copies next to nothing, whatever is stored, and that a later change copies
 // only the pages in which it is.
 func TestSnapshotCopiesLittle(t *testing.T) {

@@ -653,6 +653,10 @@ func TestRefusals(t *testing.T) {
 		whole.Names["seg-1.log"].Data[starts[3]:])
 	other := storetest.New()
 	openStill(other, Options{})
+	two, d := newSmall(t, Options{})
+	d.rotate()
+	d.Put("k", "v")
+	d.Commit()
 
 	for what, c := range map[string]struct {
 		dir  *storetest.Dir
@@ -690,6 +694,10 @@ func TestRefusals(t *testing.T) {
 				return []byte("kvserver store, version 1, id 00112233445566778899aabbccddeeff\n")
 			}), ErrOlder.Error()},
 		"older segment": {change(last, older), ErrOlder.Error()},
+		"STORE with a short id": {change(storage.StoreName, func([]byte) []byte {
+			line := fmt.Sprintf(storeFormat, storeVersion, "0123")
+			return fmt.Appendf([]byte(line), storeCheck, crc(0, []byte(line)))
+		}), "STORE is damaged: not as it was written"},
 		"STORE of no version": {change(storage.StoreName,
 			func(b []byte) []byte {
 				return bytes.Replace(b, []byte("version 2"), []byte("version 3"), 1)
@@ -697,7 +705,10 @@ func TestRefusals(t *testing.T) {
 
 		"another store's STORE": {dir.With(storage.StoreName, other.Names[storage.StoreName].Data),
 			"STORE is damaged: it is another store's"},
-		"newest missing": {without(last), last + " is damaged: the file is missing"},
+		"another store's half": {two.With("seg-1.log", other.Names["seg-1.log"].Data),
+			"seg-1.log is damaged: the file belongs to another store"},
+		"newest missing": {without(last), fmt.Sprintf("%s is damaged: the file is missing: dir/%s says "+
+			"that it follows", last, logName(kindSegment, l.last-1))},
 		"frame missing": {whole.With("seg-1.log", gap),
 			fmt.Sprintf("seg-1.log is damaged at offset %d, frame 3: frame 3 is missing",
 				starts[2])},
@@ -763,7 +774,8 @@ func TestRefusals(t *testing.T) {
 		}
 
 		report, checkErr := check(c.dir)
-		if checkErr != nil || !report.Damaged {
+		isOne := strings.Count(fmt.Sprint(report.Lines), "DAMAGED") == 1 // not the next files, too
+		if checkErr != nil || !report.Damaged || !isOne && what == "closed segment cut" {
 			t.Errorf("%s: check says %v, %v", what, report, checkErr)
 		}
 
