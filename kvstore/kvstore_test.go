@@ -791,7 +791,11 @@ func TestMemoryIsUsedAgain(t *testing.T) {
 		store, value, n := NewMemory(), strings.Repeat("v", size), 0
 		set := func() {
 			n++
-			store.Set(fmt.Sprint(n%10), value)
+			key := fmt.Sprint(n % 10)
+			if n%3 == 0 {
+				store.Delete(key)
+			}
+			store.Set(key, value)
 		}
 
 		for range 8_000_000 / size {

@@ -433,7 +433,7 @@ func TestFailedCallIsNoDamage(t *testing.T) {
 	for what, image := range variousStores(t) {
 		for name, call := range calls {
 			want, wantErr := call(image.Kill())
-			for n, reached := 1, true; reached; n++ {
+			for n, reached := 1, true; reached; n = storetest.Next(n, 1) {
 				for _, failure := range []error{syscall.EMFILE, syscall.EIO} {
 					failing := image.Kill()
 					failing.FailAt, failing.Failure = n, failure

@@ -250,7 +250,9 @@ func TestRotationWithoutRoom(t *testing.T) {
 		for _, f := range dir.Names {
 			used += len(f.Data)
 		}
-		dir.Room = used + free
+		if dir.Room = used + free; free%16 > 0 {
+			dir.Room, dir.Largest = 0, int(d.size)+free // only this file cannot grow
+		}
 		d.minCompact = -1 << 40 // the log counts as wasteful
 		if err := d.Commit(); err != nil {
 			t.Errorf("%d bytes free: %v", free, err)
@@ -273,6 +275,30 @@ func TestFailedWriteFailsTheCommit(t *testing.T) {
 			t.Errorf("with -fsync %v Commit returns %v", fsync, err)
 		}
 		d.Close()
+	}
+}
+
+// Ensure that a Commit returns the error of each fsync of the file that it leaves, and closes the
+// new one.
+func TestFailedFsyncOfARotation(t *testing.T) {
+	for n, failed := 1, true; failed; n++ {
+		dir, d := newSmall(t, Options{})
+		fsyncs := 0
+		dir.Before = func(c storetest.Call) error {
+			if c.What == "sync" && c.Name == "seg-1.log" {
+				if fsyncs++; fsyncs == n {
+					return storetest.ErrDisk
+				}
+			}
+			return nil
+		}
+
+		d.Put("k", strings.Repeat("v", int(d.segmentSize)))
+		err := d.Commit()
+		failed = fsyncs >= n
+		if d.Close(); errors.Is(err, storetest.ErrDisk) != failed || dir.Handles > 0 {
+			t.Errorf("fsync %d fails: Commit returns %v, and %d files are open", n, err, dir.Handles)
+		}
 	}
 }
 
