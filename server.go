@@ -591,9 +591,7 @@ func (s *keyValueServer) workLoop() {
 	// Somebody may change the store's files while no requests come.
 	var fileCheck <-chan time.Time // nil: the store is in memory
 	if s.status != nil {
-		ticker := time.NewTicker(fileCheckTime)
-		defer ticker.Stop()
-		fileCheck = ticker.C
+		fileCheck = time.Tick(fileCheckTime)
 	}
 
 	// Until no more connections come and the last client has gone.

@@ -264,6 +264,9 @@ func listOurs(dir storage.Directory) (names []string, err error) {
 // read any log file.
 func checkNames(dir storage.Directory) error {
 	names, err := listOurs(dir)
+	if err != nil {
+		return err // a cluster that does not answer is asked once
+	}
 	for _, name := range append(names, storage.LockName) {
 		err = cmp.Or(err, checkFile(dir, name))
 	}

@@ -353,7 +353,6 @@ func (d *directory) change(ids map[string]string) error {
 	if len(names) == 0 {
 		d.pieces.Store(0)
 	}
-
 	for _, id := range without {
 		if f := d.files[id]; f != nil {
 			f.isDead.Store(true)
