@@ -54,7 +54,7 @@ func TestMemoryInside(t *testing.T) {
 	type shown struct{ got, want []string }
 	var views []shown
 
-	steps := kvstore.MemorySteps(t, 2)
+	steps := kvstore.MemorySteps(t, 1)
 	for i := range steps {
 		many := 20_000
 		if i/(steps/10)%2 == 1 {
