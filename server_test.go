@@ -1355,11 +1355,12 @@ func TestCloseWhileTakesWait(t *testing.T) {
 func TestCloseDuringKeys(t *testing.T) {
 	for keys, lists := range map[int]int64{-1: 0, 0: 0, fewKeys + 1: 1 << 40} {
 		inBubble(t, func(t *testing.T, n *fakeNet) {
-			n.server.db = endless{kvstore.NewMemory(), keys}
+			walks := new(atomic.Bool)
+			n.server.db = endless{kvstore.NewMemory(), keys, walks}
 			n.server.budget.keyLists.Store(lists)
 			a := n.Dial(t)
 			a.Send("Keys\nPing\n")
-			for len(n.server.cores.slots) == 0 && n.server.snapshots.waiting.Load() == 0 {
+			for !walks.Load() && n.server.snapshots.waiting.Load() == 0 {
 				runtime.Gosched()
 			}
 			go n.server.Close()
@@ -1385,7 +1386,8 @@ func TestCloseDuringDump(t *testing.T) {
 // number.
 type endless struct {
 	kvstore.Store
-	keys int
+	keys  int
+	walks *atomic.Bool // one has begun
 }
 
 func (e endless) Size() (keys, values int, bytes int64) { return e.keys, 0, 0 }
@@ -1394,8 +1396,9 @@ func (e endless) Snapshot() kvstore.Snapshot { return e }
 
 func (endless) View([]string, string) []string { return nil }
 
-func (endless) All() iter.Seq2[string, []string] {
+func (e endless) All() iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
+		e.walks.Store(true)
 		for i := 0; yield(strconv.Itoa(i), nil); i++ {
 		}
 	}
