@@ -2430,7 +2430,8 @@ func TestMemoryLimitTakesInWhatFrees(t *testing.T) {
 			close(hungUp)
 			closeClients(append(mute, another))
 			world.Pass(quietAfter)
-			is.Equal(t, "lines that wait", n.server.budget.freeing.waiting.Load()+n.server.budget.anyLine.waiting.Load(), 0)
+			b := &n.server.budget
+			is.Equal(t, "lines that wait", b.freeing.waiting.Load()+b.anyLine.waiting.Load(), 0)
 		})
 	}
 }

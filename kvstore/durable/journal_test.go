@@ -460,7 +460,8 @@ func TestSyncingNamesTheFile(t *testing.T) {
 	if err := d.Close(); err != nil || d.Syncing() == "" {
 		t.Errorf("Close: %v, and names %q", err, d.Syncing())
 	}
-	if none := (*Store)(nil); none.Syncing() != "" || none.IsHealing() || none.Lost() != nil || none.Close() != nil {
+	none := (*Store)(nil)
+	if none.Syncing() != "" || none.IsHealing() || none.Lost() != nil || none.Close() != nil {
 		t.Error("without a store something is waited for")
 	}
 	if waits["sync"] < 10 || waits["truncate"] < 3 || waits["create"] != 6 || waits["rename"] != 6 {

@@ -74,7 +74,8 @@ func TestRepair(t *testing.T) {
 	if got := d.Get("key"); !slices.Equal(got, want) {
 		t.Errorf("after repair %q, want %q", got, want)
 	}
-	if old, _, err := readID(bad); err != nil || d.current.header.id == old || d.current.header.id == (storeID{}) {
+	old, _, err := readID(bad)
+	if id := d.current.header.id; err != nil || id == old || id == (storeID{}) {
 		t.Errorf("the new store's id is %x, and the damaged one's %x, %v", d.current.header.id, old, err)
 	}
 	d.Close()

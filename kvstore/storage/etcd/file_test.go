@@ -32,10 +32,7 @@ func TestEtcdFile(t *testing.T) {
 		random := rand.New(rand.NewPCG(1, 1))
 
 		for round := range 30 {
-			f, err := dir.Create("file")
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, dir, "file")
 
 			var want []byte
 			for range 40 {
@@ -99,6 +96,16 @@ func TestEtcdFile(t *testing.T) {
 	})
 }
 
+// create makes a file, and fails the test if that fails.
+func create(t *testing.T, dir storage.Directory, name string) storage.File {
+	t.Helper()
+	f, err := dir.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
 // write appends to a file, and fails the test if that fails.
 func write(t *testing.T, f storage.File, at *int64, b []byte) {
 	t.Helper()
@@ -113,10 +120,7 @@ func write(t *testing.T, f storage.File, at *int64, b []byte) {
 func TestEtcdRenameBesideWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, w, lock := newFakeEtcd().locked(t)
-		f, err := dir.Create("a")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "a")
 
 		// Slow enough for renames and writes to overlap.
 		w.mu.Lock()
@@ -184,10 +188,7 @@ func writesBeside(t *testing.T, data string, fault etcdFault, n, by int) (reache
 		}
 		defer lock.Close()
 
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 		for i, at := 0, int64(0); at < int64(len(data)); i++ {
 			size := int64(smallSize(i))
 			write(t, f, &at, []byte(data[at:min(at+size, int64(len(data)))]))
@@ -231,10 +232,7 @@ func TestEtcdLateThenJoined(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 
 		random := make([]byte, 300<<10)
 		rand.NewChaCha8([32]byte{2}).Read(random)
@@ -276,10 +274,7 @@ func TestEtcdLateBesideALook(t *testing.T) {
 			e := newFakeEtcd()
 			dir, w, lock := e.locked(t)
 			defer lock.Close()
-			f, err := dir.Create("file")
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, dir, "file")
 
 			offset, sent := int64(0), [2]transaction{}
 			for i := range joinMost + 2 {
@@ -314,12 +309,7 @@ func TestEtcdCountAfterALook(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
 		defer lock.Close()
-		made, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
-
-		f, random := made.(*pieceFile), rand.New(rand.NewPCG(1, 1))
+		f, random := create(t, dir, "file").(*pieceFile), rand.New(rand.NewPCG(1, 1))
 		for i := range 250 {
 			text := []byte(randomText(1 + random.IntN(100)))
 			if random.IntN(40) == 0 {
@@ -331,6 +321,7 @@ func TestEtcdCountAfterALook(t *testing.T) {
 			}
 			write(t, f, &at, text)
 
+			var err error
 			if random.IntN(10) == 0 {
 				end := f.access.enter()
 				err = f.settle(nil)
@@ -351,10 +342,7 @@ func TestEtcdCountAfterALateAnswer(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 
 		for i, at := 0, int64(0); i < 100; i++ {
 			w.suffer(tooLate, 0)
@@ -400,10 +388,7 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 			dir, _, lock := e.locked(t)
 			defer lock.Close()
 
-			f, err := dir.Create("file")
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, dir, "file")
 			at := int64(0)
 			for range 6 * (len(deleted) - 1) {
 				write(t, f, &at, []byte("hello"))
@@ -416,7 +401,7 @@ func TestEtcdKeyAmongPieces(t *testing.T) {
 				e.delete(strings.Replace(key, "%s", id, 1))
 			}
 
-			_, err = f.WriteAt([]byte("more"), at)
+			_, err := f.WriteAt([]byte("more"), at)
 			if err := errors.Join(err, f.Sync()); err != nil {
 				t.Errorf("%s is deleted: %v", deleted, err)
 			}
@@ -495,10 +480,7 @@ func TestEtcdReadAhead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir, w, lock := newFakeEtcd().locked(t)
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 
 		const size = 8 << 20
 		text := []byte(shrinking(pieceFirst, 10))
@@ -546,9 +528,9 @@ func TestEtcdReadAhead(t *testing.T) {
 
 		// To ask for less than one piece is not possible.
 		reader, silent := w.fakeEtcd.dir(t, t.Context(), "")
-		f, _, err = reader.Open("file")
+		again, _, err := reader.Open("file")
 		silent.setCut(true)
-		if _, silentErr := f.ReadAt(got, 0); err != nil || !errors.Is(silentErr, ErrUnreachable) {
+		if _, silentErr := again.ReadAt(got, 0); err != nil || !errors.Is(silentErr, ErrUnreachable) {
 			t.Errorf("a read that nobody answers: %v, %v", err, silentErr)
 		}
 		lock.Close()
@@ -560,10 +542,7 @@ func TestEtcdJoinedWhileRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 
 		at := int64(0)
 		for range joinMost {
@@ -641,10 +620,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 				return text, ErrUnreachable
 			},
 		} {
-			f, err := writer.Create("f")
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, writer, "f")
 			for at := int64(0); at < 9; {
 				write(t, f, &at, fmt.Append(nil, 111*(1+at/3)))
 			}
@@ -665,10 +641,7 @@ func TestEtcdFileReadBesideWriter(t *testing.T) {
 		}
 
 		// To open it again finds its new state, and takes no more requests if it has many pieces.
-		f, err := writer.Create("f")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, writer, "f")
 		dir, w := e.dir(t, t.Context(), "")
 		asked := 0
 

@@ -209,10 +209,7 @@ func TestEtcdCountAfterGone(t *testing.T) {
 			},
 			"cut": func(f storage.File) error { return f.Truncate(1) },
 		} {
-			f, err := dir.Create(name)
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, dir, name)
 
 			for at := int64(0); at < 3; {
 				write(t, f, &at, []byte("x"))
@@ -224,7 +221,7 @@ func TestEtcdCountAfterGone(t *testing.T) {
 				t.Errorf("a file of which a piece is gone is %s: %v", name, err)
 			}
 
-			_, err = dir.Stamps()
+			_, err := dir.Stamps()
 			if err := errors.Join(err, dir.Remove(name)); err != nil {
 				t.Error(err)
 			}
@@ -249,10 +246,7 @@ func TestEtcdChangedByOthers(t *testing.T) {
 			e := newFakeEtcd()
 			dir, w, lock := e.locked(t)
 			defer lock.Close()
-			f, err := dir.Create("file")
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := create(t, dir, "file")
 			at := int64(0)
 			for range 3 {
 				write(t, f, &at, []byte("x"))

@@ -768,10 +768,7 @@ func TestEtcdSlower(t *testing.T) {
 func TestEtcdSmallPiecesProveNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir, _, lock := newFakeEtcd().locked(t)
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 
 		at := int64(0)
 		for range 20 {

@@ -251,10 +251,7 @@ func TestEtcdRefusedAndDone(t *testing.T) {
 		e := newFakeEtcd()
 		dir, w, lock := e.locked(t)
 		defer lock.Close()
-		f, err := dir.Create("file")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "file")
 		const small = 100 * joinLeast // bytes, with which the rest is too large not to be joined
 		at, text := int64(0), []byte(randomText(small+joinBytes-small/2))
 		for range joinLeast {
@@ -330,10 +327,7 @@ func TestEtcdFullWhileAFileIsMade(t *testing.T) {
 		e := newFakeEtcd()
 		dir, _, lock := e.locked(t)
 		defer lock.Close()
-		f, err := dir.Create("snapshot")
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := create(t, dir, "snapshot")
 
 		e.setFull(true)
 		const parts = 8

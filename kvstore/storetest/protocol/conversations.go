@@ -231,7 +231,8 @@ func refused() []Conversation {
 		mistakes("Set", "a key and a value, as in Set:key:value", "Set:k", "Set::v"),
 		mistakes("Remove", "a key and a value, as in Remove:key:value", "Remove:k", "remove"),
 		mistakes("Add", "a key and a value, as in Add:key:value", "Add:k", "Add::v"),
-		mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get", "Get::b"),
+		mistakes("Get", "a key, without a colon in it, as in Get:key", "Get:k:b", "Get:k:", "Get:", "get",
+			"Get::b"),
 		mistakes("Delete", "a key, without a colon in it, as in Delete:key", "Delete:k:1", "Delete:"),
 		mistakes("Count", "a key, without a colon in it, as in Count:key", "Count:", "Count:k:1", "Count"),
 		mistakes("Swap", "a key, an old and a new value, none with a colon in it, as in "+
@@ -260,7 +261,8 @@ func refused() []Conversation {
 			{"Ptu:a:b:c", "Put:a:b:c"}, {"update a b c", "Update:a:b:c"}, {" Get:a", "Get:a"},
 			{"Get :a", "Get:a"}, {"get\ta", "Get:a"}, {"set a", "Set:key:value"}, {"get a\x1b", "Get:key"},
 			{"gat a", "Get:a"}, {"uxt a b", ""},
-			{"update a b c d", "Update:key:old:new"}, {"upadxe a b c", ""}, {"getxy a", ""}, {"pxx a b", ""}, {"dlet a", ""}, // two slips
+			{"update a b c d", "Update:key:old:new"},
+			{"upadxe a b c", ""}, {"getxy a", ""}, {"pxx a b", ""}, {"dlet a", ""}, // two slips
 			{"\x00", ""}, {":", ""}, {"::", ""}, {"k:v", ""}, {"\xff\xfe", ""}, {"Ac\u212a", ""}}),
 
 		{"a file of Windows", "\ufeffPut:bom:1\nGet:bom\n",
