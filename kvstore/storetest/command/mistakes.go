@@ -96,6 +96,8 @@ var misuses = []mistake{
 	{"-max-line 5m", `invalid value "5m" for flag -max-line`, "-max-line takes SIZE of a request " +
 		"line, from 64 bytes to 1GiB (1MiB)."},
 	{"-c README.md", `"README.md" is a file, not a request`, "Send the lines in it: kvserver -c < README.md"},
+	{"-c Get:a README.md", `"README.md" is a file, not a request`,
+		"Send the lines in it: kvserver -c < README.md"},
 	{"put a b", `unexpected argument "put"`,
 		"Set flags, as in kvserver -addr 9999, or send a request: kvserver -c Get:a"},
 	{"foo", `unexpected argument "foo"`, "Set flags, as in kvserver -addr 9999, or send a request"},
